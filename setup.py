@@ -19,8 +19,9 @@ LIBRARY = "librbe.dylib" if sys.platform == "darwin" else "librbe.so"
 def run(*command: str) -> None:
     """Runs cmake of this Python's environment, or else of PATH; what it says is shown only where it fails."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    env = {**os.environ, "PATH": path, "MAKEFLAGS": "--no-print-directory"}  # and no flags of a make that runs pip
     try:
-        done = subprocess.run(command, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except FileNotFoundError:
         raise SystemExit(f"rbe_torch: building needs {command[0]} >= 3.20 (pip install cmake)") from None
     if done.returncode:
