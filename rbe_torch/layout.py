@@ -15,12 +15,12 @@ FIELD_BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9}
 BASIS_VECTORS = 256
 MAX_STAGES = 16
 MAX_GROUP = 65536
-MAX_RANK = 65536
+MAX_RANK = 65535
 
-_NUMBER = r"[1-9][0-9]{0,8}"
+_NUMBER = r"[1-9][0-9]*"
 _PATTERN = re.compile(
     rf"(?P<fields>rbe32|rbe22|rbe8|rbe16s|rbe9r)(?:x(?P<stages>{_NUMBER}))?_g(?P<group>{_NUMBER})"
-    rf"(?:\+(?P<residual>int8|fp8|lr(?P<rank>{_NUMBER})|sp(?P<fraction>0?\.[0-9]{{1,12}}|1(?:\.0{{1,12}})?)))?",
+    rf"(?:\+(?P<residual>int8|fp8|lr(?P<rank>{_NUMBER})|sp(?P<fraction>0\.[0-9]{{1,15}})))?",
     re.ASCII,
 )
 
@@ -153,17 +153,14 @@ def _match(text: str) -> dict[str, str | None]:
             "[+int8|+fp8|+lr<rank>|+sp<fraction>] such as 'rbe22_g64' or 'rbe8x2_g8'"
         )
     parts = found.groupdict()
-    stages, group, rank = int(parts["stages"] or 1), int(parts["group"]), int(parts["rank"] or 1)
-    if stages > MAX_STAGES:
-        raise ValueError(f"layout: {text!r} has {stages} stages, must be 1 to {MAX_STAGES}")
-    if group > MAX_GROUP:
-        raise ValueError(f"layout: {text!r} has group size {group}, must be 1 to {MAX_GROUP}")
-    if rank > MAX_RANK:
-        raise ValueError(f"layout: {text!r} has rank {rank}, must be 1 to {MAX_RANK}")
-    if parts["fields"] == "rbe16s" and group != 8:
-        raise ValueError(f"layout: {text!r} has group size {group}, rbe16s has eight signs and needs _g8")
-    if parts["fraction"] and not 0 < float(parts["fraction"]) <= 1:
-        raise ValueError(f"layout: {text!r} keeps the fraction {parts['fraction']}, must be above 0 and at most 1")
+    for name, limit in (("stages", MAX_STAGES), ("group", MAX_GROUP), ("rank", MAX_RANK)):
+        digits = parts[name] or "1"
+        if len(digits) > 9 or int(digits) > limit:
+            raise ValueError(f"layout: {text!r} has {name} {digits}, must be 1 to {limit}")
+    if parts["fields"] == "rbe16s" and parts["group"] != "8":
+        raise ValueError(f"layout: {text!r} has group {parts['group']}, but rbe16s has eight signs a code and must have g8")
+    if parts["fraction"] and not float(parts["fraction"]) > 0:
+        raise ValueError(f"layout: {text!r} keeps the fraction {parts['fraction']}, must be above 0 and below 1")
     return parts
 
 
