@@ -1,6 +1,8 @@
 // Views of torch tensors and the copies that make an odd one dense.
 #include "tensor.h"
 
+#include "../kernels/reference/reference.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -119,54 +121,6 @@ rbe_status rbe_dense_bytes(rbe_call *call, const rbe_view *v, size_t element, co
     return RBE_OK;
 }
 
-static float bits_float(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-static uint32_t float_bits(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    return bits;
-}
-
-static float half_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return bits_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    // subnormals and zero are exact multiples of 2^-24; normals move their exponent by 112
-    float f = magnitude < 0x400u ? (float)magnitude * 0x1p-24f : bits_float((magnitude << 13) + (112u << 23));
-    return bits_float(float_bits(f) | sign);
-}
-
-static uint16_t float_to_half(float f) {
-    uint32_t bits = float_bits(f), magnitude = bits & 0x7FFFFFFFu;
-    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
-    if (magnitude > 0x7F800000u) return sign | 0x7E00u;
-    if (magnitude >= 0x477FF000u) return sign | 0x7C00u;  // 65520 and above round to infinity
-    if (magnitude < 0x38800000u) {
-        // below 2^-14: adding 0.5 leaves the value, in units of 2^-24, in the low bits, rounded to nearest even by the addition
-        return sign | (uint16_t)(float_bits(bits_float(magnitude) + 0.5f) - 0x3F000000u);
-    }
-    return sign | (uint16_t)((magnitude + 0xFFFu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13);
-}
-
-static uint16_t float_to_bfloat(float f) {
-    uint32_t bits = float_bits(f);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(bits >> 16 | 0x40u);
-    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
-
-static double load(const void *data, rbe_dtype dtype, int64_t i) {
-    switch (dtype) {
-        case RBE_F32: return ((const float *)data)[i];
-        case RBE_F64: return ((const double *)data)[i];
-        case RBE_BF16: return bits_float((uint32_t)((const uint16_t *)data)[i] << 16);
-        case RBE_F16: return half_to_float(((const uint16_t *)data)[i]);
-    }
-    return 0;
-}
-
 rbe_status rbe_dense_float(rbe_call *call, const rbe_view *v, rbe_dtype real, const void **out) {
     rbe_dtype dtype;
     if (!rbe_float_dtype(v->dtype, &dtype)) {
@@ -181,27 +135,13 @@ rbe_status rbe_dense_float(rbe_call *call, const rbe_view *v, rbe_dtype real, co
     int64_t count = count_of(v);
     void *copy = rbe_call_allocate(call, (size_t)count * rbe_dtype_size(real));
     if (!copy) return rbe_call_fail(call, "%s: out of memory converting it", v->name), RBE_OUT_OF_MEMORY;
-    for (int64_t i = 0; i < count; i++) {
-        if (real == RBE_F64) {
-            ((double *)copy)[i] = load(dense, dtype, i);
-        } else {
-            ((float *)copy)[i] = (float)load(dense, dtype, i);
-        }
-    }
+    for (int64_t i = 0; i < count; i++) rbe_reference_store(copy, real, i, rbe_reference_load(dense, dtype, i));
     *out = copy;
     return RBE_OK;
 }
 
 void rbe_store_float(const void *from, rbe_dtype real, void *to, rbe_dtype dtype, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        double value = load(from, real, i);
-        switch (dtype) {
-            case RBE_F32: ((float *)to)[i] = (float)value; break;
-            case RBE_F64: ((double *)to)[i] = value; break;
-            case RBE_BF16: ((uint16_t *)to)[i] = float_to_bfloat((float)value); break;
-            case RBE_F16: ((uint16_t *)to)[i] = float_to_half((float)value); break;
-        }
-    }
+    for (int64_t i = 0; i < count; i++) rbe_reference_store(to, dtype, i, rbe_reference_load(from, real, i));
 }
 
 rbe_status rbe_matrix_of(rbe_call *call, const rbe_view *v, rbe_matrix *out) {
