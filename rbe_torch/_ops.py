@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import flop_counter
 
 MINIMUM_TORCH = (2, 10)
 _LIBRARY = Path(__file__).with_name("librbe.dylib" if sys.platform == "darwin" else "librbe.so")
@@ -126,6 +128,24 @@ def _fake_pack(codes, *, layout, **_):
 
 def _fake_unpack(packed, *, layout, **_):
     return packed.new_empty(packed.shape[0], _groups(packed, layout), _parse(layout)[1], dtype=torch.int32)
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------------------
+def _flops(x_shape, codes_shape, basis_shape, layout, passes: tuple[int, int]) -> int:
+    """Multiply-adds count twice. passes: how often the table (256 n T) and the gather (m K M T) are walked; rbe16s decodes: m n T each."""
+    tokens, m, n = math.prod(x_shape[:-1]), codes_shape[0], x_shape[-1]
+    stages, _, group = basis_shape
+    if layout.startswith("rbe16s"):
+        return 2 * tokens * m * n * passes[1]
+    return 2 * tokens * stages * (passes[0] * 256 * n + passes[1] * m * -(-n // group))
+
+
+def _linear_flops(x_shape, codes_shape, basis_shape, *args, layout, out_shape=None, **keywords) -> int:
+    return _flops(x_shape, codes_shape, basis_shape, layout, passes=(1, 1))
+
+
+def _linear_backward_flops(dy_shape, x_shape, codes_shape, basis_shape, *args, layout, out_shape=None, **keywords) -> int:
+    return _flops(x_shape, codes_shape, basis_shape, layout, passes=(3, 2))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------------------
@@ -259,10 +279,6 @@ def _dims(in_dims):
     return (*in_dims[:-1], None)
 
 
-def _positional(schema_tensors: int, args: tuple, function) -> tuple:
-    return (*args, *(None,) * (schema_tensors - len(args)))
-
-
 def _dual(args) -> bool:
     """Whether forward-mode AD is on and an argument carries a tangent: the Function then says that jvp is not implemented."""
     forward_ad = torch.autograd.forward_ad
@@ -312,6 +328,8 @@ def _register_all() -> torch.library.Library:
         "encode": _fake_encode, "pack": _fake_pack, "unpack": _fake_unpack,
     }.items():  # fmt: skip
         torch.library.register_fake(f"rbe::{name}", fake, lib=library)
+    flop_counter.register_flop_formula([_ops.linear, _ops.linear_inference])(_linear_flops)
+    flop_counter.register_flop_formula(_ops.linear_backward)(_linear_backward_flops)
     return library
 
 

@@ -73,8 +73,9 @@ static rbe_status gradient_result(rbe_call *call, const rbe_view *of, bool wante
     rbe_float_dtype(of->dtype, &out->dtype);
     out->count = 1;
     for (int64_t d = 0; d < of->dims; d++) out->count *= of->sizes[d];
-    out->result = out->computed = data;
-    if (out->dtype != real) out->computed = rbe_call_allocate(call, (size_t)out->count * rbe_dtype_size(real));
+    out->result = out->computed = data;  // NULL where the tensor is empty
+    if (out->dtype == real) return RBE_OK;
+    out->computed = rbe_call_allocate(call, (size_t)out->count * rbe_dtype_size(real));
     return out->computed ? RBE_OK : (rbe_call_fail(call, "%s: out of memory for its gradient", of->name), RBE_OUT_OF_MEMORY);
 }
 
