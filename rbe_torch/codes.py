@@ -1,0 +1,55 @@
+"""Code words in torch: their amplitudes, words with other amplitudes, and random words.
+
+Word (docs/format.md), most significant first: amp_fine 31..22, cat 21..20, sub 19..18, idx 17..10, sign 9, deriv 8, amp 7..0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+SIGN_BIT = 1 << 9
+IDX_SHIFT = 10
+CURVE_EXP = 1 << 20 | 3 << 18  # cat 1, sub 3: exp(r) - 1, which is 0 at 0, so that training can pass through it
+U_MAX = 1 - 2.0**-18
+_NEGATIVE_ZERO = -(2.0**-20)  # rounds to amplitude 0 with the sign bit set
+
+
+def amplitude_of(words: Tensor) -> Tensor:
+    """float32 a in (-1, 1), of the words' shape: a < 0 where the sign is set, |a| = (amp + amp_fine/1024) / 256."""
+    words = words.to(torch.int64)
+    u = ((words & 255) * 1024 + (words >> 22 & 1023)).to(torch.float32) / 2**18
+    negative = (words & SIGN_BIT) != 0
+    return torch.where(negative, torch.where(u == 0, _NEGATIVE_ZERO, -u), u)
+
+
+def with_amplitude(words: Tensor, amplitude: Tensor, layout: Layout) -> Tensor:
+    """int32 words whose sign, amp and amp_fine are those of `amplitude` rounded half up to the layout's bits."""
+    u = amplitude.detach().to(torch.float64).abs().clamp(max=U_MAX)
+    if layout.fields == "rbe32":
+        step = (u * 2**18 + 0.5).floor().to(torch.int64).clamp(max=2**18 - 1)
+        amp, fine = step >> 10, step & 1023
+    else:
+        amp, fine = (u * 256 + 0.5).floor().to(torch.int64).clamp(max=255), 0
+    kept = words.to(torch.int64) & (255 << IDX_SHIFT | 15 << 18 | 1 << 8)
+    word = kept | amp | fine << 22 | (amplitude < 0).to(torch.int64) * SIGN_BIT
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch.Generator | None = None) -> Tensor:
+    """int32 words [m, K, M] on the CPU: idx uniform (drawn from `seed` where the layout says so), scales of second moment 1."""
+    shape = layout.codes_shape(m, n)
+    if layout.seeded:
+        zeros = torch.zeros(m, layout.packed_row_bytes(n), dtype=torch.uint8)
+        words = torch.ops.rbe.unpack(zeros, layout=str(layout), in_features=n, seed=seed)
+    else:
+        words = torch.randint(0, 256, shape, generator=generator, dtype=torch.int32) << IDX_SHIFT
+    if layout.fields == "rbe16s":
+        return words | torch.randint(0, 256, shape, generator=generator, dtype=torch.int32)
+    if not layout.has_amplitude:
+        return words
+    scale = torch.randn(shape, generator=generator, dtype=torch.float32)
+    amplitude = scale.sign() * scale.abs().log1p() / 2  # exp(2u) - 1 = |scale|
+    return with_amplitude(words | CURVE_EXP, amplitude, layout)

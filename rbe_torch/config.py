@@ -1,0 +1,53 @@
+"""show_config: what this installation runs on: versions, instruction set, threads, CUDA, and the kernels chosen for typical shapes."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__, _ops
+
+# (layout, out_features, in_features, tokens) of the products whose kernels are shown
+_SHAPES = (
+    ("rbe22_g64", 4096, 4096, 512),
+    ("rbe9r_g16", 4096, 4096, 512),
+    ("rbe8x2_g8", 4096, 4096, 512),
+    ("rbe8x2_g8", 4096, 4096, 1),
+    ("rbe16s_g8", 4096, 4096, 1),
+)
+
+
+class Config(dict):
+    """A dict that prints as lines of `name: value`."""
+
+    def __str__(self) -> str:
+        lines = []
+        for name, value in self.items():
+            if isinstance(value, dict):
+                lines.append(f"{name}:")
+                lines += [f"  {key}: {entry}" for key, entry in value.items()]
+            else:
+                lines.append(f"{name}: {value}")
+        return "\n".join(lines)
+
+
+def show_config() -> Config:
+    """The configuration as a dict; `print(rbe_torch.show_config())` prints it in lines."""
+    cuda: Any = "not available"
+    if torch.cuda.is_available():
+        cuda = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Config({
+        "rbe_torch": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "isa": _ops.isa(),
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "kernels": {
+            f"{layout} {m}x{n}, {tokens} token{'' if tokens == 1 else 's'}": _ops.describe_linear(layout, m, n, tokens)
+            for layout, m, n, tokens in _SHAPES
+        },
+    })

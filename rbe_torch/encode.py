@@ -1,0 +1,129 @@
+"""Encoding one weight matrix with a given basis (or one trained on it): gain per row, codes, and the residual that the codes leave over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # positive fp16
+_LARGEST_SCALE = 6.0  # codes reach exp(2) - 1 = 6.39; a little room is left
+_ROUNDS = 2  # of fitting the gain to the codes and encoding again
+
+
+@dataclass
+class EncodedLayer:
+    """codes int32 [m, K, M], basis float32 [M, 256, g], gain float32 [m], residual tensors by name (Layout.residual_shapes)."""
+
+    codes: Tensor
+    basis: Tensor
+    gain: Tensor
+    residual: dict[str, Tensor] = field(default_factory=dict)
+
+
+def encode_layer(weight: Tensor, layout: Layout, basis: Tensor | None = None, gain: Tensor | None = None, seed: int = 0,
+                 round_basis: bool = True) -> EncodedLayer:
+    """Encodes weight [m, n] (finite, any float dtype).
+
+    basis None: trained on this weight. gain None: fitted to each row. Both are rounded to what fp16 holds; `round_basis=False` takes the basis as
+    it is. ValueError or TypeError names what is wrong.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(f"weight: is {weight.dtype} {tuple(weight.shape)}, must be a floating-point matrix with rows and columns")
+    weight = weight.detach().to(torch.float32).contiguous()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"weight: has {int((~torch.isfinite(weight)).sum())} values that are not finite, must have none")
+    if basis is None:
+        from .compress import fit_basis
+
+        basis = fit_basis([weight], layout, seed=seed)
+    if not isinstance(basis, Tensor) or not basis.is_floating_point():
+        raise TypeError(f"basis: is a {basis.dtype if isinstance(basis, Tensor) else type(basis).__name__}, must be a floating-point tensor")
+    if tuple(basis.shape) != layout.basis_shape:
+        raise ValueError(f"basis: has shape {tuple(basis.shape)}, must be {layout.basis_shape} for {layout}")
+    shared = basis
+    basis = basis.detach().to(weight.device, torch.float32)
+    basis = fp16_values("basis", basis) if round_basis else basis
+    options = {"layout": str(layout), "in_features": weight.shape[1], "seed": seed if layout.seeded else 0}
+    if gain is None:
+        gain, codes = _fit_gain(weight, basis, layout, options)
+    else:
+        if tuple(gain.shape) != (weight.shape[0],) or not bool((gain > 0).all()) or not bool(torch.isfinite(gain).all()):
+            raise ValueError(f"gain: has shape {tuple(gain.shape)}, must be {(weight.shape[0],)}, finite and positive")
+        gain = fp16_values("gain", gain.detach().to(weight.device, torch.float32))
+        codes = torch.ops.rbe.encode(weight, basis, gain, **options)
+    residual = {}
+    if layout.residual is not None:
+        plain = {**options, "layout": str(layout).partition("+")[0]}
+        residual = fit_residual(weight - torch.ops.rbe.decode(codes, basis, gain, **plain), layout)
+    same = isinstance(shared, torch.nn.Parameter) and shared.dtype == torch.float32 and torch.equal(shared.detach().to(basis.device), basis)
+    return EncodedLayer(codes, shared if same and shared.device == basis.device else basis, gain, residual)
+
+
+def fp16_values(name: str, tensor: Tensor) -> Tensor:
+    """The float32 tensor rounded to values that fp16 holds; ValueError where one is too large."""
+    rounded = tensor.detach().half().float()
+    if not bool(torch.isfinite(rounded).all()):
+        raise ValueError(f"{name}: holds {float(tensor.abs().max()):.3g}, must be finite and at most 65504, which is all that fp16 holds")
+    return rounded
+
+
+def fp16_gain(gain: Tensor) -> Tensor:
+    """The gain rounded to the nearest positive value that fp16 holds, float32."""
+    return gain.clamp(GAIN_MIN, GAIN_MAX).half().float()
+
+
+def _fit_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> tuple[Tensor, Tensor]:
+    """(gain, codes): alternates the least-squares gain of each row for its codes with encoding; keeps the better of both for each row."""
+    m, n = weight.shape
+    # a typical vector of the reconstruction at gain 1 has this root mean square
+    unit = basis.square().mean((1, 2)).sum().sqrt().clamp(min=1e-20)
+    gain = weight.square().mean(1).sqrt() / unit
+    if layout.has_amplitude:
+        padded = torch.nn.functional.pad(weight, (0, layout.groups(n) * layout.group - n))
+        largest = padded.view(m, -1, layout.group).square().mean(2).sqrt().amax(1)
+        gain = torch.maximum(gain, largest / (unit * _LARGEST_SCALE * layout.stages**0.5))
+    gain = fp16_gain(gain)
+    best_codes = torch.ops.rbe.encode(weight, basis, gain, **options)
+    best_gain, best_error = gain, torch.full((m,), float("inf"), device=weight.device)
+    codes = best_codes
+    plain = {**options, "layout": str(layout).partition("+")[0]}
+    ones = torch.ones_like(gain)
+    for _ in range(_ROUNDS + 1):
+        unscaled = torch.ops.rbe.decode(codes, basis, ones, **plain)
+        fitted = (unscaled * weight).sum(1) / unscaled.square().sum(1).clamp(min=1e-30)
+        gain = torch.where(fitted > 0, fp16_gain(fitted), gain)
+        error = (weight - gain[:, None] * unscaled).square().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_gain = torch.where(better, gain, best_gain)
+        best_codes = torch.where(better[:, None, None], codes, best_codes)
+        codes = torch.ops.rbe.encode(weight, basis, gain, **options)
+    return best_gain, best_codes
+
+
+def fit_residual(rest: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The layout's residual, encoded on what the codes leave over: rest float32 [m, n] -> tensors of Layout.residual_shapes by name."""
+    if layout.residual in ("int8", "fp8"):
+        largest, dtype = (127.0, torch.int8) if layout.residual == "int8" else (448.0, torch.float8_e4m3fn)
+        scale = rest.abs().amax(1) / largest
+        scaled = rest / torch.where(scale > 0, scale, 1)[:, None]
+        return {"residual": (scaled.round() if dtype == torch.int8 else scaled).clamp(-largest, largest).to(dtype), "residual_scale": scale}
+    if layout.rank:
+        m, n = rest.shape
+        u, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        rank = min(layout.rank, s.numel())
+        left = torch.zeros(m, layout.rank, device=rest.device)
+        right = torch.zeros(layout.rank, n, device=rest.device)
+        left[:, :rank] = u[:, :rank] * s[:rank].sqrt()
+        right[:rank] = vh[:rank] * s[:rank].sqrt()[:, None]
+        a_scale, b_scale = left.abs().amax(0) / 127, right.abs().amax(1) / 127
+        return {
+            "residual": (left / torch.where(a_scale > 0, a_scale, 1)).round().to(torch.int8), "residual_scale": a_scale,
+            "residual_right": (right / torch.where(b_scale > 0, b_scale, 1)[:, None]).round().to(torch.int8), "residual_right_scale": b_scale,
+        }
+    columns = rest.abs().topk(layout.sparse_columns(rest.shape[1]), dim=1).indices.sort(1).values
+    return {"residual": rest.gather(1, columns).clamp(-65504, 65504).half(), "residual_right": columns.to(torch.int32)}

@@ -1,0 +1,428 @@
+"""RBELinear: y = x W^T + bias with W stored as packed RBE codes and multiplied in the compressed domain.
+
+Tensors (m out_features, n in_features, g group, K = ceil(n/g) groups, M stages; docs/format.md):
+
+    packed    uint8   [m, ceil(K*M*bits/8)]   buffer      the codes
+    basis     float32 [M, 256, g]             parameter   may be shared between layers
+    gain      float32 [m]                     parameter   positive
+    bias      [m] or None                     parameter   the layer's dtype
+    seed      int64   []                      buffer      layouts ending in r only
+    residual, residual_scale, residual_right, residual_right_scale    buffers, as the layout's suffix asks
+
+While a layer is in training form (rbe_torch.convert, rbe_torch.prepare_training) `log_gain` replaces the gain parameter, and layouts whose codes
+have an amplitude hold it as a float32 parameter [m, K, M]; `lin.gain`, `lin.codes` and `lin.weight` follow them.
+
+The format's tensors keep their dtype whatever the layer is cast to: `.to(dtype)`, `.half()` and the like change the bias and the dtype of
+`lin.weight`, and lose nothing. `.to(device)` moves everything.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _ops
+from .codes import amplitude_of, random_words, with_amplitude
+from .layout import Layout
+
+RESIDUALS = ("residual", "residual_scale", "residual_right", "residual_right_scale")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_WEIGHT_IS_READ_ONLY = (
+    "weight: is decoded from codes and cannot be assigned; use RBELinear.from_linear to encode a weight, load_state_dict with a dense "
+    "'weight' entry to encode into this layer, or rbe_torch.decompress to get an nn.Linear back"
+)
+_warned_for: list[str] | None = None  # load_state_dict's own list of missing keys: one list a load, so one warning a load
+
+
+class RBELinear(nn.Module):
+    """A linear layer in RBE codes, with random codes and a random basis; from_linear and from_codes make one with given ones.
+
+    x [..., in_features] float32, bfloat16, float16 or float64 -> [..., out_features] of the same dtype.
+    basis: a float32 parameter [M, 256, g] to share instead of drawing one. generator, seed: where the random codes come from; by default
+    torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
+    Errors: ValueError or TypeError naming the argument.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
+                 generator: torch.Generator | None = None, seed: int | None = None) -> None:
+        super().__init__()
+        self.in_features = _positive("in_features", in_features)
+        self.out_features = _positive("out_features", out_features)
+        self.layout = layout = Layout.parse(layout)
+        self._dtype = dtype if dtype is not None else torch.get_default_dtype()
+        if self._dtype not in _FLOATS:
+            raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, _FLOATS))}")
+        if generator is None and seed is not None:
+            generator = torch.Generator().manual_seed(_seed(seed))
+        m, n = self.out_features, self.in_features
+        self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
+        own_basis = basis is None
+        if own_basis:
+            basis = nn.Parameter(torch.empty(layout.basis_shape, dtype=torch.float32, device=device), requires_grad=False)
+        elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
+            raise ValueError(f"basis: is {basis.dtype} {tuple(basis.shape)}, must be torch.float32 {layout.basis_shape} for {layout}")
+        self.register_parameter("basis", basis)
+        self.register_parameter("amplitude", None)
+        self.register_parameter("log_gain", None)
+        self._parameters["gain"] = None  # `gain` is a property, so the entry is made before the parameter is registered
+        self.register_parameter("gain", nn.Parameter(torch.empty(m, dtype=torch.float32, device=device), requires_grad=False))
+        self.register_parameter("bias", nn.Parameter(torch.empty(m, dtype=self._dtype, device=device)) if bias else None)
+        shapes = layout.residual_shapes(m, n)
+        for name in RESIDUALS:
+            shape, kind = shapes.get(name, (None, None))
+            zeros = None if shape is None else torch.zeros(shape, dtype=getattr(torch, kind), device=device)
+            self.register_buffer(name, zeros)
+        self._options: dict[str, Any] = {"layout": str(layout), "in_features": n, "seed": 0}
+        if layout.seeded:
+            self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
+            self._set_seed(int(torch.randint(0, 2**32, (), generator=generator)) if seed is None else _seed(seed))
+        self.reset_parameters(generator, basis=own_basis)
+
+    # ---- making one ---------------------------------------------------------------------------------------------------------
+
+    def reset_parameters(self, generator: torch.Generator | None = None, basis: bool = True) -> None:
+        """Draws codes, gain, bias and (unless `basis` is False) the basis anew. Does nothing to tensors on the meta device."""
+        m, n, layout = self.out_features, self.in_features, self.layout
+        if self.training_form:
+            raise ValueError("reset_parameters: the layer is in training form; call rbe_torch.finish_training(model) first")
+        with torch.no_grad():
+            if basis and not self.basis.is_meta:
+                self.basis.copy_(random_basis(layout, generator))
+            if not self.packed.is_meta:
+                if layout.seeded:
+                    self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
+                words = random_words(layout, m, n, self._options["seed"], generator)
+                self.packed.copy_(torch.ops.rbe.pack(words, **self._options))
+            if not self._parameters["gain"].is_meta:
+                # random_words draws scales of second moment 1 and random_basis vectors of mean square 1, so an element of W has the
+                # variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
+                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages)).copy_(self._parameters["gain"].half().float())
+            if self.bias is not None and not self.bias.is_meta:
+                bound = 1 / math.sqrt(n)
+                self.bias.copy_(torch.empty(m, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+
+    @classmethod
+    def from_linear(cls, nn_linear: nn.Module, layout: str | Layout = "rbe8x2_g8", basis: Tensor | None = None, gain: Tensor | None = None,
+                    seed: int = 0) -> "RBELinear":
+        """Encodes the weight of an nn.Linear or of transformers' Conv1D.
+
+        basis [M, 256, g]: the table to encode with, rounded to fp16-representable values; None trains one on this weight.
+        gain [m]: None fits one to every row. The bias is shared with `nn_linear`.
+        """
+        from .encode import encode_layer
+        from .replace import dense_weight, is_conv1d
+
+        if type(nn_linear) is not nn.Linear and not is_conv1d(nn_linear):
+            raise TypeError(f"nn_linear: is a {type(nn_linear).__name__}, must be an nn.Linear or a transformers Conv1D")
+        layout = Layout.parse(layout)
+        weight = dense_weight(nn_linear)
+        if weight.is_meta:
+            raise ValueError("nn_linear: its weight is on the meta device and has no values to encode")
+        parts = encode_layer(weight, layout, basis, gain, seed)
+        layer = cls.from_codes(parts.codes, parts.basis, parts.gain, nn_linear.bias, layout=layout, in_features=weight.shape[1],
+                               seed=seed if layout.seeded else None, residual=parts.residual, dtype=nn_linear.weight.dtype)
+        return layer.train(nn_linear.training)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, basis: Tensor, gain: Tensor, bias: Tensor | None = None, *, layout: str | Layout, in_features: int,
+                   seed: int | None = None, residual: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> "RBELinear":
+        """A layer from FORMAT's tensors, each of which is checked.
+
+        codes: int32 words [m, K, M], or uint8 packed [m, row bytes]. basis [M, 256, g] and gain [m], finite, gain positive: kept as given in
+        float32, not rounded (save_pretrained writes fp16 where that loses nothing, rbe_torch.finish_training rounds). A float32 parameter
+        given as basis is shared, not copied. bias [m] or None. seed: layouts ending in r, 0 .. 2^32 - 1. residual: the tensors of
+        Layout.residual_shapes by name. dtype: of `lin.weight`; by default that of the bias, else torch's default.
+        """
+        layout, n = Layout.parse(layout), _positive("in_features", in_features)
+        for name, tensor in (("codes", codes), ("basis", basis), ("gain", gain)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: is a {type(tensor).__name__}, must be a torch.Tensor")
+            if tensor.device != codes.device:
+                raise ValueError(f"{name}: is on {tensor.device}, must be on {codes.device} as codes are")
+        if codes.dtype not in (torch.int32, torch.uint8):
+            raise TypeError(f"codes: are {codes.dtype}, must be torch.int32 words or torch.uint8 packed bytes")
+        m = codes.shape[0] if codes.dim() else 0
+        wanted = (m, layout.packed_row_bytes(n)) if codes.dtype == torch.uint8 else layout.codes_shape(m, n)
+        if m < 1 or tuple(codes.shape) != wanted:
+            shape = wanted if m else ("m",) + wanted[1:]
+            raise ValueError(f"codes: have shape {tuple(codes.shape)}, must be {shape} for {layout} and in_features={n}, with m at least 1")
+        if layout.seeded and seed is None:
+            raise ValueError(f"seed: is None, must be given for {layout}, whose idx is drawn from it")
+        if not layout.seeded and seed is not None:
+            raise ValueError(f"seed: is {seed}, must be None for {layout}, whose idx is stored")
+        basis = _exact_float32("basis", basis, layout.basis_shape)
+        gain = _exact_float32("gain", gain, (m,))
+        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in _FLOATS or tuple(bias.shape) != (m,)):
+            raise ValueError(f"bias: is {_describe(bias)}, must be a floating-point tensor [{m}] or None")
+        if bias is not None and bias.device != codes.device:
+            raise ValueError(f"bias: is on {bias.device}, must be on {codes.device} as codes are")
+        residual = residual or {}
+        shapes = layout.residual_shapes(m, n)
+        if set(residual) != set(shapes):
+            raise ValueError(f"residual: has {sorted(residual) or 'nothing'}, must have {sorted(shapes) or 'nothing'} for {layout}")
+        for name, (shape, kind) in shapes.items():
+            if tuple(residual[name].shape) != shape or residual[name].dtype != getattr(torch, kind) or residual[name].device != codes.device:
+                raise ValueError(f"{name}: is {_describe(residual[name])}, must be torch.{kind} {shape} on {codes.device} for {layout}")
+
+        if dtype is None:
+            dtype = bias.dtype if bias is not None else torch.get_default_dtype()
+        layer = cls(n, m, False, layout, "meta", dtype, seed=None if seed is None else _seed(seed))
+        if layout.seeded:
+            layer._buffers["seed"] = torch.tensor(seed, dtype=torch.int64, device=codes.device)
+        codes = codes.detach().contiguous()
+        if codes.dtype == torch.int32:
+            layer._buffers["packed"] = torch.ops.rbe.pack(codes, **layer._options)
+        else:
+            layer._buffers["packed"] = codes.clone()
+        layer._parameters["basis"] = basis
+        layer._parameters["gain"] = gain.detach() if isinstance(gain, nn.Parameter) else gain
+        layer._parameters["gain"] = nn.Parameter(layer._parameters["gain"].clone(), requires_grad=False)
+        if not isinstance(basis, nn.Parameter):
+            layer._parameters["basis"] = nn.Parameter(basis.clone(), requires_grad=False)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
+        for name in shapes:
+            layer._buffers[name] = residual[name].detach().clone()
+        problem = layer.problem()
+        if problem:
+            raise ValueError(problem)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """An nn.Linear with the decoded weight, in the layer's dtype; the bias is shared."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self._dtype)
+        linear.weight = nn.Parameter(self.weight)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    # ---- what it is ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def training_form(self) -> bool:
+        """True between convert or prepare_training and finish_training."""
+        return self.log_gain is not None
+
+    @property
+    def gain(self) -> Tensor:
+        """float32 [m]; exp(log_gain) in training form."""
+        log_gain = self._parameters["log_gain"]
+        return self._parameters["gain"] if log_gain is None else log_gain.exp()
+
+    @property
+    def codes(self) -> Tensor:
+        """Interchange words, int32 [m, K, M]; in training form with the sign and the rounded amplitude that the forward pass uses."""
+        words = torch.ops.rbe.unpack(self.packed, **self._options)
+        return words if self.amplitude is None else with_amplitude(words, self.amplitude.detach(), self.layout)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dense reconstruction [m, n] in the layer's dtype, decoded at each call. Read-only: writing into it does not change the layer."""
+        with torch.no_grad():
+            return torch.ops.rbe.decode(self.packed, self.basis, self.gain, self.amplitude, self.residual, self.residual_scale,
+                                        self.residual_right, self.residual_right_scale, **self._options).to(self._dtype)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise AttributeError(_WEIGHT_IS_READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's, refusing `weight`: assigning a parameter to it would otherwise end in a KeyError."""
+        if name == "weight":
+            raise AttributeError(_WEIGHT_IS_READ_ONLY)
+        super().register_parameter(name, param)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `lin.weight` and of the bias."""
+        return self._dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes, gain and residual, without the basis, which layers may share."""
+        m, n = self.out_features, self.in_features
+        return 8 * self.layout.bytes(m, n, basis=False) / (m * n)
+
+    def extra_repr(self) -> str:
+        with_basis = self.layout.bits_per_weight(self.out_features, self.in_features)
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, layout={self.layout}, "
+                f"bits_per_weight={self.bits_per_weight:.3f} ({with_basis:.3f} with the basis)"
+                + (", in training form" if self.training_form else ""))
+
+    def problem(self) -> str:
+        """What makes the layer's tensors invalid, in one sentence; empty if nothing does. Tensors on the meta device pass."""
+        checks = [("basis", self.basis), ("gain", self._parameters.get("gain")), ("log_gain", self.log_gain)]
+        for name, tensor in checks:
+            if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                return f"{name}: has {int((~torch.isfinite(tensor)).sum())} values that are not finite, must have none"
+        gain = self._parameters.get("gain")
+        if gain is not None and not gain.is_meta and not bool((gain > 0).all()):
+            return f"gain: has {int((gain <= 0).sum())} values that are not positive, the first in row {int((gain <= 0).nonzero()[0])}"
+        for name in ("residual", "residual_scale", "residual_right_scale"):
+            tensor = self._buffers[name]
+            if tensor is not None and tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
+                return f"{name}: has values that are not finite, must have none"
+        if self.layout.fraction and not self.residual_right.is_meta:
+            columns = self.residual_right
+            if int(columns.min()) < 0 or int(columns.max()) >= self.in_features or not bool((columns[:, 1:] > columns[:, :-1]).all()):
+                return f"residual_right: its columns must rise within each row and lie in 0 .. {self.in_features - 1}"
+        if not self.packed.is_meta:
+            try:
+                torch.ops.rbe.unpack(self.packed, **self._options)
+            except RuntimeError as error:
+                return str(error)
+        return ""
+
+    # ---- running it ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters, buffers = self._parameters, self._buffers
+        log_gain = parameters["log_gain"]
+        run = _ops.linear if torch.is_grad_enabled() or torch.compiler.is_compiling() else _ops.linear_inference
+        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(),
+                   parameters["bias"], parameters["amplitude"], buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
+                   buffers["residual_right_scale"], **self._options)
+
+    def commit_amplitude(self) -> None:
+        """Writes the amplitudes of a layer in training form into its packed codes. Saving does so by itself."""
+        if self.amplitude is not None and not self.packed.is_meta:
+            self.packed = torch.ops.rbe.pack(self.codes, **self._options)
+
+    # ---- nn.Module's own machinery ------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RBELinear":
+        bias = self.bias
+
+        def keep_format(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or (bias is not None and (tensor is bias or tensor is bias.grad)):
+                return moved
+            return tensor.to(moved.device)
+
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.packed.device)).dtype
+        return super()._apply(keep_format, recurse)
+
+    def _set_seed(self, seed: int) -> None:
+        self._options = {**self._options, "seed": seed}
+        if not self.seed.is_meta:
+            self.seed.fill_(seed)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.commit_amplitude()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] |= {"layout": str(self.layout), "in_features": self.in_features}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        where = prefix[:-1] or "the layer"
+        saved = (local_metadata.get("layout", str(self.layout)), local_metadata.get("in_features", self.in_features))
+        if saved != (str(self.layout), self.in_features):
+            error_msgs.append(f"{where}: the state_dict holds layout {saved[0]} with in_features={saved[1]}, "
+                              f"the layer is {self.layout} with in_features={self.in_features}")
+            return
+        try:
+            if prefix + "weight" in own and prefix + "packed" not in own:
+                _warn_encoding(missing_keys)
+                self._encode_entry(own, prefix)
+            self._match_form(own, prefix)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{where}: {error}")
+            return
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.layout.seeded and not self.seed.is_meta:
+            self._options = {**self._options, "seed": int(self.seed)}
+        problem = self.problem()
+        if problem:
+            error_msgs.append(f"{where}: {problem}")
+
+    def _encode_entry(self, own: dict[str, Any], prefix: str) -> None:
+        """Replaces a dense `weight` entry by the tensors that encode it with the layer's current basis."""
+        from .encode import encode_layer
+
+        weight = own.pop(prefix + "weight")
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"weight: has shape {tuple(weight.shape)}, must be {(self.out_features, self.in_features)}")
+        if self.basis.is_meta:
+            raise ValueError("weight: is dense and cannot be encoded into a layer on the meta device, which has no basis")
+        parts = encode_layer(weight.detach().to(self.basis.device), self.layout, self.basis, None, self._options["seed"], round_basis=False)
+        own[prefix + "packed"] = torch.ops.rbe.pack(parts.codes, **self._options)
+        own[prefix + "basis"] = self.basis
+        own[prefix + "gain"] = parts.gain
+        own.update({prefix + name: tensor for name, tensor in parts.residual.items()})
+        if self.layout.seeded:
+            own[prefix + "seed"] = self.seed
+
+    def _match_form(self, own: dict[str, Any], prefix: str) -> None:
+        """Checks shapes against the layout; turns the entries of a finished layer into those of a layer in training form."""
+        packed, basis = own.get(prefix + "packed"), own.get(prefix + "basis")
+        shape = (self.out_features, self.layout.packed_row_bytes(self.in_features))
+        for name, tensor, wanted in (("packed", packed, shape), ("basis", basis, self.layout.basis_shape)):
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name}: has shape {tuple(tensor.shape)} in the state_dict, must be {wanted} for {self.layout}; "
+                                 "was it saved from a layer of another layout?")
+        if prefix + "log_gain" in own and not self.training_form:
+            raise ValueError("log_gain: the state_dict is of a layer in training form; call rbe_torch.prepare_training(model) before loading it")
+        if not self.training_form or prefix + "gain" not in own:
+            return
+        gain = own.pop(prefix + "gain")
+        if not bool((gain > 0).all()):
+            raise ValueError("gain: has values in the state_dict that are not positive")
+        own[prefix + "log_gain"] = gain.log()
+        if self.amplitude is not None and packed is not None:
+            words = torch.ops.rbe.unpack(packed, **self._options)
+            own[prefix + "amplitude"] = amplitude_of(words)
+
+
+def random_basis(layout: Layout, generator: torch.Generator | None = None) -> Tensor:
+    """Normal vectors [M, 256, g] of mean square 1 in every stage, fp16-representable float32."""
+    values = torch.randn(layout.basis_shape, generator=generator, dtype=torch.float32)
+    return (values / values.square().mean((1, 2), keepdim=True).sqrt()).half().float()
+
+
+def _warn_encoding(load: list[str]) -> None:
+    global _warned_for
+    if _warned_for is not load:
+        _warned_for = load
+        warnings.warn("the state_dict holds dense weights for RBELinear layers: they are encoded with each layer's current basis, which loses "
+                      "accuracy; rbe_torch.compress fits a basis to the weights", UserWarning, stacklevel=3)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: is {value!r}, must be an int")
+    value = value.__index__()
+    if value < 1:
+        raise ValueError(f"{name}: is {value}, must be at least 1")
+    return value
+
+
+def _seed(value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"seed: is {value!r}, must be an int")
+    if not 0 <= value.__index__() < 2**32:
+        raise ValueError(f"seed: is {value}, must be 0 .. 2^32 - 1")
+    return value.__index__()
+
+
+def _describe(tensor: Any) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+
+
+def _exact_float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor as contiguous float32, refusing a wrong shape or dtype and float64 values that float32 cannot hold."""
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name}: is {tensor.dtype}, must be a floating-point tensor")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, must be {shape}")
+    if tensor.dtype == torch.float32:
+        return tensor if isinstance(tensor, nn.Parameter) and tensor.is_contiguous() else tensor.detach().contiguous()
+    converted = tensor.detach().to(torch.float32).contiguous()
+    if tensor.dtype == torch.float64 and not bool(((converted.double() == tensor) | ~torch.isfinite(tensor)).all()):
+        raise ValueError(f"{name}: is torch.float64 and holds values that float32 cannot; round it first")
+    return converted

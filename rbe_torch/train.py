@@ -1,0 +1,104 @@
+"""Training in the compressed domain: layers in and out of training form, and optimiser groups.
+
+Training form (method "direct", docs/training.md): no dense weight exists. Trained are the codes' amplitudes (layouts that have them), the basis,
+log(gain) and the bias; idx and the curve of each code stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .codes import amplitude_of
+from .linear import RBELinear
+
+# Learning rates relative to `lr`. docs/training.md: 150 and 50 were best where amplitudes were logarithmic and drawn from N(0, 1). The slope of
+# exp(2u) - 1 over random_words' amplitudes is 3.6 on average, so the same step in scale is 150 / 3.6 in u. A starting point: not tuned.
+AMPLITUDE_RATE = 40.0
+BASIS_RATE = 50.0
+
+GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # what fp16 holds
+
+
+def start_training(layer: RBELinear) -> None:
+    """Puts one layer in training form; its output stays what it was."""
+    if layer.training_form:
+        return
+    gain = layer._parameters["gain"].detach()
+    layer.log_gain = nn.Parameter(gain.log())
+    del layer._parameters["gain"]
+    layer.basis.requires_grad_(True)
+    if layer.layout.has_amplitude:
+        words = torch.ops.rbe.unpack(layer.packed, **layer._options)
+        layer.amplitude = nn.Parameter(amplitude_of(words))
+
+
+def prepare_training(model: nn.Module, method: str = "direct") -> nn.Module:
+    """Puts every RBELinear of `model` in training form, in place, and returns the model.
+
+    ValueError: a method other than "direct", or a model without an RBELinear.
+    """
+    if method != "direct":
+        raise ValueError(f"method: is {method!r}, must be 'direct', the one training method there is")
+    for layer in _layers(model):
+        start_training(layer)
+    return model
+
+
+def finish_training(model: nn.Module) -> nn.Module:
+    """Ends training form in place: amplitudes go into the codes, basis and gain are rounded to what fp16 holds and stop being trained.
+
+    From here on saving and loading is bit-exact. Layers that are not in training form have their basis and gain rounded all the same.
+    ValueError: a basis or gain that is not finite, or outside what fp16 holds.
+    """
+    layers = _layers(model)
+    for layer in layers:
+        problem = layer.problem()
+        if problem:
+            raise ValueError(problem)
+        if float(layer.basis.detach().abs().max()) > GAIN_MAX:
+            raise ValueError(f"basis: holds {float(layer.basis.detach().abs().max()):.3g}, more than the {GAIN_MAX:.0f} that fp16 can")
+    for layer in layers:
+        layer.commit_amplitude()
+        gain = layer.gain.detach().clamp(GAIN_MIN, GAIN_MAX).half().float()
+        layer.amplitude = None
+        layer.log_gain = None
+        layer._parameters["gain"] = nn.Parameter(gain, requires_grad=False)
+        layer.basis.requires_grad_(False)
+        with torch.no_grad():
+            layer.basis.copy_(layer.basis.half().float())
+    return model
+
+
+def param_groups(model: nn.Module, lr: float = 1e-3) -> list[dict[str, Any]]:
+    """Optimiser groups over the trainable parameters of `model`, each once: amplitudes, basis, gains and the rest.
+
+    Amplitudes and basis take far larger rates than dense weights do (40 and 50 times `lr`, a starting point), and with the gains no weight
+    decay: torch.optim.AdamW(rbe_torch.param_groups(model), betas=(0.9, 0.98)).
+    """
+    if not lr > 0:
+        raise ValueError(f"lr: is {lr}, must be positive")
+    groups = {
+        "amplitude": {"params": [], "lr": lr * AMPLITUDE_RATE, "weight_decay": 0.0},
+        "basis": {"params": [], "lr": lr * BASIS_RATE, "weight_decay": 0.0},
+        "gain": {"params": [], "lr": lr, "weight_decay": 0.0},
+        "rest": {"params": [], "lr": lr},
+    }
+    names = {"amplitude": "amplitude", "basis": "basis", "log_gain": "gain", "gain": "gain"}
+    seen: set[int] = set()
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            groups[names.get(key, "rest") if isinstance(module, RBELinear) else "rest"]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+
+
+def _layers(model: nn.Module) -> list[RBELinear]:
+    layers = [module for module in model.modules() if isinstance(module, RBELinear)]
+    if not layers:
+        raise ValueError("model: has no RBELinear; call rbe_torch.convert or rbe_torch.compress first")
+    return layers
