@@ -222,6 +222,8 @@ class RBELinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Dense reconstruction [m, n] in the layer's dtype, decoded at each call. Read-only: writing into it does not change the layer."""
+        if self.packed is None:  # while rbe_torch.hf loads a model
+            return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
         with torch.no_grad():
             return torch.ops.rbe.decode(self.packed, self.basis, self.gain, self.amplitude, self.residual, self.residual_scale,
                                         self.residual_right, self.residual_right_scale, **self._options).to(self._dtype)

@@ -117,6 +117,18 @@ def replace(found: Found, new: nn.Module) -> None:
         parent._modules[child_name] = new
 
 
+def note_for_transformers(model: nn.Module, compressed: bool) -> None:
+    """Tells transformers models in `model` that they now hold RBE layers, so that their own save_pretrained works, or that they no longer do."""
+    for module in model.modules():
+        if any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__):
+            try:
+                from . import hf
+            except ImportError:  # a transformers too old for rbe_torch.hf
+                return
+            hf.attach(model) if compressed else hf.detach(model)
+            return
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of the distinct parameters and persistent buffers that are no part of an RBE layer's weight."""
     from .linear import RBELinear
@@ -163,6 +175,7 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)
     report.other_bytes = stored_bytes(model)
+    note_for_transformers(model, True)
     return report
 
 
@@ -182,6 +195,7 @@ def decompress(model: nn.Module) -> nn.Module:
                 if id(child) not in dense:
                     dense[id(child)] = child.to_linear()
                 parent._modules[name] = dense[id(child)]
+    note_for_transformers(model, False)
     return model
 
 
