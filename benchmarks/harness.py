@@ -1,0 +1,126 @@
+"""Timing side by side: contestants take turns in one process, thread CPU time for one thread, minimum and median of many turns.
+
+A benchmark verifies its contestants against float64 first, then times them. `Machine` measures what bounds them: the rate of a large
+float32 matrix product (multiply-adds) and of reading memory that no cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+COLD_BYTES = 768 << 20  # more than the caches of any CPU this is likely to run on
+
+
+def cpu_name() -> str:
+    """The model that the kernel names, with what it can do since a virtual machine often hides the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    read = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wanted = ("avx2", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_fp16", "amx_tile", "asimd")
+    flags = [flag for flag in wanted if flag in read.get("flags", read.get("Features", "")).split()]
+    return f"{read.get('model name', platform.machine())} [{' '.join(flags)}]"
+
+
+def clock() -> Callable[[], float]:
+    """CPU seconds of this thread when torch has one thread (steady on a busy machine), else wall-clock seconds."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+@dataclass
+class Timing:
+    """Seconds a call."""
+
+    minimum: float
+    median: float
+
+
+def race(contestants: dict[str, Sequence[Callable[[], object]]], seconds: float) -> dict[str, Timing]:
+    """Times each contestant, turn by turn, until `seconds` are used up (at least five turns).
+
+    A contestant is a list of calls that do the same work on different memory: with many, each finds its data cold.
+    """
+    now = clock()
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for calls in contestants.values():
+        calls[0]()
+    stop, turn = time.perf_counter() + seconds, 0
+    while turn < 5 or time.perf_counter() < stop:
+        for name, calls in contestants.items():
+            call = calls[turn % len(calls)]
+            start = now()
+            call()
+            samples[name].append(now() - start)
+        turn += 1
+    return {name: Timing(min(s), statistics.median(s)) for name, s in samples.items()}
+
+
+@dataclass
+class Machine:
+    """What a result was measured on, and the two rates that bound it."""
+
+    cpu: str
+    isa: str
+    threads: int
+    torch: str
+    fma_per_second: float = field(default=0.0)
+    read_bytes_per_second: float = field(default=0.0)
+
+    @classmethod
+    def measure(cls) -> "Machine":
+        from rbe_torch import _ops
+
+        a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+        big = torch.zeros(COLD_BYTES // 4)
+        timings = race({"mm": [lambda: torch.mm(a, b)], "read": [lambda: torch.sum(big)]}, seconds=2.0)
+        return cls(
+            cpu_name(), _ops.isa(), torch.get_num_threads(), torch.__version__,
+            1536**3 / timings["mm"].minimum, COLD_BYTES / timings["read"].minimum,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, isa {self.isa}, threads {self.threads}, torch {self.torch}\n"
+            f"measured: float32 products {self.fma_per_second / 1e9:.0f} G multiply-adds/s, memory read {self.read_bytes_per_second / 1e9:.1f} GB/s"
+        )
+
+
+def copies_for_cold(bytes_each: int) -> int:
+    """How many buffers of this size no cache holds together."""
+    return max(2, math.ceil(COLD_BYTES / max(1, bytes_each)))
+
+
+def table(rows: list[dict[str, object]], columns: Sequence[str]) -> str:
+    """A Markdown table."""
+    body = [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in body), 1) for i, column in enumerate(columns)]
+    lines = [list(columns), ["-" * w for w in widths], *body]
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON and the picture")
+    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--seconds", type=float, default=1.0, help="time for each case")
+    result.add_argument("--full", action="store_true", help="every size, token count and layout (tens of minutes)")
+    result.add_argument("--only", default="", help="only cases whose name contains this")
+    return result
+
+
+def write(out: Path, name: str, machine: Machine, rows: list[dict[str, object]]) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    path.write_text(json.dumps({"machine": asdict(machine), "rows": rows}, indent=1) + "\n")
+    return path

@@ -1,0 +1,120 @@
+"""Forward products: torch.ops.rbe.linear against the faster of dense F.linear and mm(W, x^T), float32, by size, layout and tokens.
+
+Up to 16 tokens weights are cold: dense weights and packed codes rotate through buffers that no cache holds. The bound of a row is what
+the machine's measured rates allow: the bytes of the codes read once, or the multiply-adds of the algorithm, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import harness
+import torch
+import torch.nn.functional as F
+
+from rbe_torch import Layout
+
+SIZES = [(4096, 4096)]
+FULL_SIZES = [(768, 768), (3072, 768), (4096, 4096), (11008, 4096)]
+LAYOUTS = ["rbe22_g64", "rbe22_g128", "rbe8x2_g8", "rbe16s_g8"]
+FULL_LAYOUTS = ["rbe22_g16", "rbe22_g32", "rbe22_g64", "rbe22_g128", "rbe32_g64", "rbe9r_g16", "rbe8_g8", "rbe8x2_g8", "rbe8x4_g8", "rbe16s_g8"]
+TOKENS = [1, 16, 512]
+FULL_TOKENS = [1, 2, 4, 8, 16, 64, 512, 2048]
+COLD_TOKENS = 16
+# Largest error over the largest output against float64 of the decoded weight.
+TOLERANCE = {"exact": 1e-5, "fast": 5e-2}
+
+
+def random_codes(layout: Layout, m: int, n: int, copies: int) -> list[torch.Tensor]:
+    """Packed random codes; layouts whose padding bits are not a whole byte are packed from words."""
+    groups = layout.groups(n)
+    if layout.bits % 8 == 0 or (groups * layout.stages * layout.bits) % 8 == 0:
+        return list(torch.randint(0, 256, (copies, m, layout.packed_row_bytes(n)), dtype=torch.uint8))
+    raise SystemExit(f"{layout} has padding bits at n = {n}: choose n so that a row of codes fills its bytes")
+
+
+def bound_seconds(layout: Layout, m: int, n: int, tokens: int, machine: harness.Machine) -> float:
+    """The faster algorithm's multiply-adds at the measured product rate, or the codes at the measured read rate."""
+    stages, groups = layout.stages, layout.groups(n)
+    table = stages * tokens * (256 * n + m * groups)
+    fma = min(table, tokens * m * n) / machine.fma_per_second
+    codes = m * layout.packed_row_bytes(n) / machine.read_bytes_per_second if tokens <= COLD_TOKENS else 0.0
+    return max(fma, codes)
+
+
+def run_case(text: str, m: int, n: int, tokens: int, accuracy: str, machine: harness.Machine, seconds: float) -> dict[str, object]:
+    layout = Layout.parse(text)
+    cold = tokens <= COLD_TOKENS
+    dense = [torch.randn(m, n) for _ in range(harness.copies_for_cold(4 * m * n) if cold else 1)]
+    codes = random_codes(layout, m, n, harness.copies_for_cold(m * layout.packed_row_bytes(n)) if cold else 1)
+    basis, gain, x = torch.randn(layout.stages, 256, layout.group), torch.rand(m) + 0.5, torch.randn(tokens, n)
+    keywords = {"layout": text, "in_features": n, "accuracy": accuracy}
+
+    want = x.double() @ torch.ops.rbe.decode(codes[0], basis.double(), gain.double(), layout=text, in_features=n).T
+    got = torch.ops.rbe.linear_inference(x, codes[0], basis, gain, **keywords)
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert error < TOLERANCE[accuracy], f"{text} {m}x{n} tokens {tokens} {accuracy}: error {error}"
+
+    timings = harness.race(
+        {
+            "linear": [lambda w=w: F.linear(x, w) for w in dense],
+            "mm": [lambda w=w: torch.mm(w, x.T) for w in dense],
+            "rbe": [lambda c=c: torch.ops.rbe.linear_inference(x, c, basis, gain, **keywords) for c in codes],
+        },
+        seconds,
+    )
+    best = min((timings["linear"], timings["mm"]), key=lambda t: t.minimum)
+    bound = bound_seconds(layout, m, n, tokens, machine)
+    return {
+        "layout": text, "size": f"{m}x{n}", "tokens": tokens, "class": accuracy,
+        "dense ms": f"{best.minimum * 1e3:.3f}", "rbe ms": f"{timings['rbe'].minimum * 1e3:.3f}",
+        "speed-up": f"{best.minimum / timings['rbe'].minimum:.2f}", "by median": f"{best.median / timings['rbe'].median:.2f}",
+        "share of bound": f"{bound / timings['rbe'].minimum:.0%}", "error": f"{error:.0e}",
+    }  # fmt: skip
+
+
+def plot(rows: list[dict[str, object]], path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({row["size"] for row in rows})
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 4), squeeze=False, sharey=True)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for key in sorted({(row["layout"], row["class"]) for row in rows if row["size"] == size}):
+            line = sorted((row["tokens"], float(row["speed-up"])) for row in rows if row["size"] == size and (row["layout"], row["class"]) == key)
+            axis.plot(*zip(*line, strict=True), marker="o", label=" ".join(key), linestyle="-" if key[1] == "exact" else "--")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=size)
+    axes[0][0].set_ylabel("times faster than dense float32")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    arguments = harness.parser(__doc__.splitlines()[0]).parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    machine = harness.Machine.measure()
+    print(machine)
+    rows = []
+    for m, n in FULL_SIZES if arguments.full else SIZES:
+        for text in FULL_LAYOUTS if arguments.full else LAYOUTS:
+            for tokens in FULL_TOKENS if arguments.full else TOKENS:
+                for accuracy in ("exact", "fast"):
+                    if accuracy == "fast" and not text.startswith("rbe8"):
+                        continue  # the same kernels as exact
+                    if arguments.only not in f"{text} {m}x{n} {tokens} {accuracy}":
+                        continue
+                    rows.append(run_case(text, m, n, tokens, accuracy, machine, arguments.seconds))
+                    print(*rows[-1].values(), sep="  ", flush=True)
+    if not rows:
+        raise SystemExit(f"--only {arguments.only!r} leaves no case")
+    print("\n" + harness.table(rows, list(rows[0])))
+    path = harness.write(arguments.out, f"linear_threads{arguments.threads}", machine, rows)
+    plot(rows, path.with_suffix(".png"))
+    print(f"\nwritten: {path}, {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
