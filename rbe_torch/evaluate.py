@@ -1,0 +1,111 @@
+"""How well a sentence encoder does: Spearman's rank correlation with scores of sentence pairs, and cosine to another model's embeddings.
+
+Sentence embeddings: mean of the last hidden states over the attention mask, divided by their length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .progress import Progress
+
+PROJECT_PAIRS = Path(__file__).resolve().parent.parent / "benchmarks" / "pairs.tsv"
+_STSB_FILES = ("stsb/sts-dev.csv", "sts-dev.csv", "stsb/dev.tsv", "dev.tsv")
+_MAX_TOKENS = 128
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sentence pairs with the similarity 0 to 5 that people gave them."""
+
+    name: str
+    first: list[str]
+    second: list[str]
+    scores: list[float]
+
+    @property
+    def sentences(self) -> list[str]:
+        return self.first + self.second
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def read_pairs(path: str | Path | None = None) -> Pairs:
+    """Pairs of a file or of a directory that holds STS-B (stsb/sts-dev.csv or sts-dev.csv); None: the project's own pairs.
+
+    A line is tab-separated: `score sentence sentence`, or STS-B's seven columns with the score in the fifth. ValueError names the line.
+    """
+    file = PROJECT_PAIRS if path is None else Path(path)
+    if path is None and not file.is_file():
+        raise ValueError("data: the project's own pairs are not installed with the package; pass --data with a file of "
+                         "score<TAB>sentence<TAB>sentence lines or a directory that holds STS-B")
+    if file.is_dir():
+        found = [file / name for name in _STSB_FILES if (file / name).is_file()]
+        if not found:
+            raise ValueError(f"data: {file} holds none of {', '.join(_STSB_FILES)}")
+        file = found[0]
+    if not file.is_file():
+        raise ValueError(f"data: {file} is no file and no directory")
+    first, second, scores = [], [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        cells = line.split("\t")
+        chosen = cells if len(cells) == 3 else cells[4:7]
+        try:
+            score, a, b = float(chosen[0]), chosen[1].strip(), chosen[2].strip()
+        except (IndexError, ValueError):
+            if number == 1:
+                continue  # a header
+            raise ValueError(f"data: {file} line {number} is not score<TAB>sentence<TAB>sentence nor a line of STS-B: {line[:60]!r}") from None
+        scores.append(score)
+        first.append(a)
+        second.append(b)
+    if len(scores) < 2:
+        raise ValueError(f"data: {file} holds {len(scores)} pairs, must hold at least 2")
+    return Pairs(file.name, first, second, scores)
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, tokenizer: Any, sentences: list[str], progress: bool = False, title: str = "encode sentences") -> Tensor:
+    """Unit embeddings [N, d] in float32 of an encoder (a module whose output has last_hidden_state), on the device it is on."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    parts = []
+    with Progress(title, len(sentences), progress) as bar:
+        for start in range(0, len(order), _BATCH):
+            batch = tokenizer([sentences[i] for i in order[start : start + _BATCH]], padding=True, truncation=True, max_length=_MAX_TOKENS,
+                              return_tensors="pt").to(device)
+            hidden = model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None].float()
+            parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).cpu())
+            bar.step(len(parts[-1]))
+    embeddings = torch.cat(parts)
+    return torch.empty_like(embeddings).index_copy_(0, torch.tensor(order), embeddings)
+
+
+def pair_similarity(embeddings: Tensor) -> Tensor:
+    """Cosine [N] of each pair, from the embeddings [2 N, d] of Pairs.sentences."""
+    first, second = embeddings.chunk(2)
+    return (first * second).sum(1)
+
+
+def spearman(a: Any, b: Any) -> float:
+    """Spearman's rank correlation: Pearson's of the ranks, ties at their mean rank. NaN where one side is constant."""
+    x, y = (_ranks(torch.as_tensor(values, dtype=torch.float64)) for values in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    norm = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / norm if norm > 0 else float("nan")
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]

