@@ -1,0 +1,130 @@
+// 8-bit lookups for additive codes of 8 bits: y[t, i] += factor * sum over q of (table[t, q, idx[i,q]] - 128), tables in bytes.
+//
+//     table[t, q, j] = round(P[t, q, j] / factor[t, b]) + 128,   one factor for a block b of 64 codes: the largest |P| of the block / 127
+//
+// A table of 256 bytes lives in four registers; two vpermi2b look 64 rows up at once and bit 7 of the code picks between them. The packed
+// codes are row-major, so a square of 64 rows x 64 codes is turned first: registers r = 0..15 are loaded as
+//
+//     lane L of register r = bytes c .. c+15 of row 16 L + r                         (L = 0..3, 16 bytes a lane)
+//
+// and four rounds of unpack(r[i], r[i + 8]) turn the 16 x 16 bytes of every lane, which leaves register b = column c + b of rows 0..63.
+// Sums of 64 bytes fit 16 bits: `all` adds a register as 16-bit lanes, `odd` its high bytes, and even rows are all - 256 odd.
+#include <immintrin.h>
+
+#include "../kernels.h"
+
+enum { SQUARE = 64 };
+
+// The bits of the largest |p|; not below those of infinity if any is not finite.
+static inline uint32_t largest(int64_t count, const float *p) {
+    __m512i top = _mm512_setzero_si512();
+    const __m512i size = _mm512_set1_epi32(0x7FFFFFFF);
+    for (int64_t i = 0; i < count; i += 16) top = _mm512_max_epu32(top, _mm512_and_si512(size, _mm512_loadu_si512(p + i)));
+    return _mm512_reduce_max_epu32(top);
+}
+
+bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor) {
+    const int64_t size = count * RBE_BASIS_VECTORS;
+    const uint32_t top = largest(size, p);
+    if (top >= 0x7F800000u) return false;
+    const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
+    *factor = most / 127.0f;
+    // below this 1 / factor is not a float: such a block counts as zero
+    const __m512 scale = _mm512_set1_ps(*factor > 1e-37f ? 1.0f / *factor : 0.0f);
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512i step = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + i), scale));
+        _mm_storeu_si128((__m128i *)(void *)(table + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(step, _mm512_set1_epi32(128))));
+    }
+    return true;
+}
+
+static inline __m512i four_rows(const uint8_t *idx, int64_t row, int64_t rows, int64_t stride) {
+    const uint8_t *lane[4];
+    for (int64_t l = 0; l < 4; ++l) {  // rows that do not exist read the last one: nobody looks at their sums
+        const int64_t r = row + 16 * l;
+        lane[l] = idx + (r < rows ? r : rows - 1) * stride;
+    }
+    __m512i z = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)lane[0]));
+    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i *)(const void *)lane[1]), 1);
+    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i *)(const void *)lane[2]), 2);
+    return _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i *)(const void *)lane[3]), 3);
+}
+
+static inline void turn16(const uint8_t *idx, int64_t rows, int64_t stride, __m512i *column) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) a[r] = four_rows(idx, r, rows, stride);
+#pragma GCC unroll 2
+    for (int round = 0; round < 2; ++round) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            b[2 * i] = _mm512_unpacklo_epi8(a[i], a[i + 8]);
+            b[2 * i + 1] = _mm512_unpackhi_epi8(a[i], a[i + 8]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            a[2 * i] = _mm512_unpacklo_epi8(b[i], b[i + 8]);
+            a[2 * i + 1] = _mm512_unpackhi_epi8(b[i], b[i + 8]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) _mm512_store_si512(column + r, a[r]);
+}
+
+// A square at the right edge: bytes past the row are not read.
+static void turn_edge(const uint8_t *idx, int64_t rows, int64_t stride, int64_t count, __m512i *column) {
+    uint8_t square[SQUARE * SQUARE] = {0};
+    for (int64_t r = 0; r < rows && r < SQUARE; ++r)
+        for (int64_t q = 0; q < count; ++q) square[r * SQUARE + q] = idx[r * stride + q];
+    for (int c = 0; c < SQUARE; c += 16) turn16(square + c, SQUARE, SQUARE, column + c);
+}
+
+static inline void add16(float *y, __m512i sums, int half, __m512 factor, __m512i zero_point) {
+    const __m256i part = half ? _mm512_extracti64x4_epi64(sums, 1) : _mm512_castsi512_si256(sums);
+    const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu16_epi32(part), zero_point));
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(y)));
+}
+
+// 64 rows, `count` codes, one token.
+static inline void look_up(int64_t count, const __m512i *column, const uint8_t *table, float factor, float *y, const uint8_t *ahead) {
+    __m512i all = _mm512_setzero_si512(), odd = all;
+    for (int64_t q = 0; q < count; ++q, table += RBE_BASIS_VECTORS) {
+        const __m512i code = column[q];
+        const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), code, _mm512_loadu_si512(table + 64));
+        const __m512i up = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), code, _mm512_loadu_si512(table + 192));
+        const __m512i value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, up);
+        all = _mm512_add_epi16(all, value);
+        odd = _mm512_add_epi16(odd, _mm512_srli_epi16(value, 8));
+        _mm_prefetch((const char *)ahead + q * SQUARE, _MM_HINT_T1);
+    }
+    const __m512i even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
+    // rows 0, 2, .. in even, 1, 3, .. in odd: interleave within lanes, then put the lanes in order
+    const __m512i lo = _mm512_unpacklo_epi16(even, odd), hi = _mm512_unpackhi_epi16(even, odd);  // lane L: rows 16L .. +7, 16L+8 .. +15
+    const __m512i first = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
+    const __m512i second = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+    const __m512 f = _mm512_set1_ps(factor);
+    const __m512i zero_point = _mm512_set1_epi32((int)(128 * count));
+    add16(y, first, 0, f, zero_point);
+    add16(y + 16, first, 1, f, zero_point);
+    add16(y + 32, second, 0, f, zero_point);
+    add16(y + 48, second, 1, f, zero_point);
+}
+
+void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
+                               const float *factor, float *y, int64_t y_token, const uint8_t *next) {
+    const int64_t blocks = (count + SQUARE - 1) / SQUARE;
+    __m512i column[SQUARE];
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t q0 = b * SQUARE, some = count - q0 < SQUARE ? count - q0 : SQUARE;
+        for (int64_t i = 0; i < rows; i += SQUARE, next += SQUARE * SQUARE) {
+            const uint8_t *square = idx + i * idx_row + q0;
+            if (some == SQUARE) {
+                for (int c = 0; c < SQUARE; c += 16) turn16(square + c, rows - i, idx_row, column + c);
+            } else {
+                turn_edge(square, rows - i, idx_row, some, column);
+            }
+            for (int64_t t = 0; t < tokens; ++t)
+                look_up(some, column, table + (t * count + q0) * RBE_BASIS_VECTORS, factor[t * blocks + b], y + t * y_token + i, next);
+        }
+    }
+}

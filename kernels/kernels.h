@@ -1,0 +1,131 @@
+// The compute kernels of one ISA as a table of functions. README.md has the naming grammar and how to add an ISA.
+//
+// Kernels are plain loops over the arrays they are given: they allocate nothing, start no threads, keep no state and check no arguments
+// (ops/ did). Arrays do not overlap unless said; none needs alignment; a size may be zero. An element of a result is always computed by
+// the same sequence of operations, whatever rows or columns are computed with it, so splitting work changes no result.
+//
+// Letters: m rows, g group, K groups, M stages, q = k*M + s a code's place in its row, W tokens of a tile (a multiple of width).
+#ifndef RBE_KERNELS_H
+#define RBE_KERNELS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "format.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The stored codes of one row of a weight.
+typedef struct rbe_code_row {
+    rbe_field field;
+    int64_t count;           // K*M
+    const int32_t *words;    // [count] interchange words, or
+    const uint8_t *packed;   // the packed bytes
+    const float *amplitude;  // [count] or NULL: replaces sign, amp and amp_fine
+    uint32_t seed, first;    // rbe9r, packed: the seed and c of code 0 (kernels/format.h)
+} rbe_code_row;
+
+typedef struct rbe_kernels {
+    const char *isa;
+    int64_t width;  // floats in a vector
+
+    // Codes q0 .. q0+count-1 of a row -> idx, scale (bit-identical to the reference) and, for rbe16s, signs [count].
+    // scale may be NULL for rbe8 and rbe16s, signs for all others.
+    void (*unpack)(const rbe_code_row *row, int64_t q0, int64_t count, uint8_t *idx, float *scale, uint8_t *signs);
+
+    // gradient = dscale * d scale/da for the row's amplitudes; zero where |a| >= 1 and descent would increase |a|.
+    void (*amplitude_gradient)(const rbe_code_row *row, const float *dscale, float *gradient);
+
+    void (*bf16_to_f32)(const uint16_t *in, int64_t count, float *out);
+    void (*f16_to_f32)(const uint16_t *in, int64_t count, float *out);
+    void (*f32_to_bf16)(const float *in, int64_t count, uint16_t *out);
+    void (*f32_to_f16)(const float *in, int64_t count, uint16_t *out);
+
+    // out[c*out_row + r] = in[r*in_row + c], and zero for rows <= r < out_width.
+    void (*transpose)(const float *in, int64_t in_row, int64_t rows, int64_t cols, float *out, int64_t out_row, int64_t out_width);
+
+    // C[r, c] (+)= sum over e of A[r*a_row + e*a_col] B[e*b_row + c],  r < rows, e < depth, c < cols.
+    void (*gemm)(int64_t rows, int64_t depth, int64_t cols, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
+                 float *c, int64_t c_row, bool accumulate);
+
+    // y[i, 0..W) = (y[i] if not first) + sum over q < count of scale[i,q] P[q, idx[i,q], 0..W), then * gain[i] + bias[i] if gain is given.
+    // idx and scale rows are code_row apart; P is [count][256][W]; scale NULL means 1; bias may be NULL. W is width or 2 * width.
+    void (*table_rows)(int64_t rows, int64_t count, const uint8_t *idx, const float *scale, int64_t code_row, const float *p, int64_t w,
+                       float *y, bool first, const float *gain, const float *bias);
+
+    // P[q, j] = sum over e < depth of x[k*g + e] basis[s, j, e] for one token: groups of g columns, `cols` in all.
+    // turned is the basis as [M][g][256].
+    void (*table_token)(int64_t groups, int64_t stages, int64_t g, int64_t cols, const float *x, const float *turned, float *p);
+
+    // sum over q < count of scale[q] P[q, idx[q]], P [count][256]; scale NULL means 1.
+    float (*table_dot)(int64_t count, const uint8_t *idx, const float *scale, const float *p);
+
+    // out[k*g + e] = gain * sum over s of scale * (+-) basis[s, idx, e] for the first `cols` columns. scale NULL means 1, signs NULL none.
+    void (*decode_row)(int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx, const float *scale,
+                       const uint8_t *signs, float gain, float *out);
+
+    // out[t] = sum over e of x[t*x_row + e] w[e]
+    void (*dot_rows)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *w, float *out);
+
+    // One group and stage, rows sorted by code, a tile of 4 * width tokens. place p holds row[p] with factor[p]; code j has places
+    // start[j] .. start[j+1].  d[p] += dot(dy[row[p]], P[j]);  dp[j] = sum over its places of factor[p] dy[row[p]].
+    void (*table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, float *d,
+                           float *dp);
+
+    // The transpose of decode_row for one row of dW (`cols` columns): d[q] += sum over e of dw[e] (+-) basis[s, idx, e];
+    // dbasis[s, idx, e] += gain * scale * (+-) dw[e]. d or dbasis may be NULL.
+    void (*scatter_row)(int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx, const float *scale,
+                        const uint8_t *signs, float gain, const float *dw, float *d, float *dbasis);
+
+    // out[e] += factor * in[e]
+    void (*add_scaled)(int64_t count, float factor, const float *in, float *out);
+    void (*add_scaled_i8)(int64_t count, float factor, const int8_t *in, float *out);
+    void (*add_lookup)(int64_t count, float factor, const float *table, const uint8_t *in, float *out);  // table [256] of in[e]
+
+    // 8-bit lookups, both NULL where the ISA has none; avx512/lut8__avx512vbmi.c has the formulas and the trick.
+    // P [count][256] of at most 64 codes -> bytes and their factor; false if P is not finite.
+    bool (*lut8_quantise)(int64_t count, const float *p, uint8_t *table, float *factor);
+    // y[t*y_token + i] += sum over q of the byte lookups; y has room for rows rounded up to 64. idx rows are idx_row apart; table is
+    // [tokens][count][256], factor [tokens][ceil(count/64)]. Memory from `next` on will be needed soon (any address will do).
+    void (*lut8_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
+                      const float *factor, float *y, int64_t y_token, const uint8_t *next);
+} rbe_kernels;
+
+// Every function of every ISA that was built, by name; ops/dispatch.c makes the tables.
+#define RBE_DECLARE_KERNELS(isa)                                                                                                             \
+    void rbe_unpack__##isa(const rbe_code_row *, int64_t, int64_t, uint8_t *, float *, uint8_t *);                                           \
+    void rbe_amplitude_gradient__##isa(const rbe_code_row *, const float *, float *);                                                        \
+    void rbe_bf16_to_f32__##isa(const uint16_t *, int64_t, float *);                                                                         \
+    void rbe_f16_to_f32__##isa(const uint16_t *, int64_t, float *);                                                                          \
+    void rbe_f32_to_bf16__##isa(const float *, int64_t, uint16_t *);                                                                         \
+    void rbe_f32_to_f16__##isa(const float *, int64_t, uint16_t *);                                                                          \
+    void rbe_transpose__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                          \
+    void rbe_gemm__##isa(int64_t, int64_t, int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, bool);        \
+    void rbe_table_rows__##isa(int64_t, int64_t, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, bool,             \
+                               const float *, const float *);                                                                                \
+    void rbe_table_token__##isa(int64_t, int64_t, int64_t, int64_t, const float *, const float *, float *);                                  \
+    float rbe_table_dot__##isa(int64_t, const uint8_t *, const float *, const float *);                                                      \
+    void rbe_decode_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float, float *);   \
+    void rbe_dot_rows__##isa(int64_t, int64_t, const float *, int64_t, const float *, float *);                                              \
+    void rbe_table_backward__##isa(const int32_t *, const int32_t *, const float *, const float *, const float *, float *, float *);         \
+    void rbe_scatter_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float,            \
+                                const float *, float *, float *);                                                                            \
+    void rbe_add_scaled__##isa(int64_t, float, const float *, float *);                                                                      \
+    void rbe_add_scaled_i8__##isa(int64_t, float, const int8_t *, float *);                                                                  \
+    void rbe_add_lookup__##isa(int64_t, float, const float *, const uint8_t *, float *);
+
+RBE_DECLARE_KERNELS(scalar)
+RBE_DECLARE_KERNELS(avx2)
+RBE_DECLARE_KERNELS(avx512)
+RBE_DECLARE_KERNELS(neon)
+
+bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor);
+void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
+                               const float *factor, float *y, int64_t y_token, const uint8_t *next);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

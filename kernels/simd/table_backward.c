@@ -1,0 +1,44 @@
+// The codes' part of the backward, one group and stage at a time: rows sorted by code, so that a code's P and dP stay in registers while
+// the rows that use it pass by once.
+//
+//     d[p] += dot(dy[row[p]], P[j])          dp[j] = sum over the places p of code j of factor[p] * dy[row[p]]
+#include "../kernels.h"
+#include "simd.h"
+
+enum { VECTORS = 4, TILE = VECTORS * V_WIDTH };
+
+void RBE_KERNEL(table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, float *d,
+                                float *dp) {
+    vf part[V_WIDTH];  // dot products of V_WIDTH places before their lanes are summed
+    int filled = 0;
+    int32_t done = 0;
+    for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
+        vf table[VECTORS], acc[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) {
+            table[v] = v_load(p + j * TILE + v * V_WIDTH);
+            acc[v] = v_zero();
+        }
+        for (int32_t place = start[j]; place < start[j + 1]; ++place) {
+            const float *line = dy + (int64_t)row[place] * TILE;
+            const vf f = v_set1(factor[place]);
+            vf dot = v_zero();
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const vf g = v_load(line + v * V_WIDTH);
+                dot = v_fma(g, table[v], dot);
+                acc[v] = v_fma(f, g, acc[v]);
+            }
+            part[filled++] = dot;
+            if (filled == V_WIDTH) {
+                v_store(d + done, v_add(v_load(d + done), v_sums(part)));
+                done += V_WIDTH;
+                filled = 0;
+            }
+        }
+        for (int v = 0; v < VECTORS; ++v) v_store(dp + j * TILE + v * V_WIDTH, acc[v]);
+    }
+    if (filled) {
+        for (int i = filled; i < V_WIDTH; ++i) part[i] = v_zero();
+        v_store_n(d + done, v_add(v_load_n(d + done, filled), v_sums(part)), filled);
+    }
+}

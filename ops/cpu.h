@@ -1,0 +1,15 @@
+// What the processor can do beyond the baseline of its architecture.
+#ifndef RBE_CPU_H
+#define RBE_CPU_H
+
+#include <stdbool.h>
+
+typedef struct rbe_cpu {
+    bool avx2;        // AVX2, FMA, F16C, BMI2
+    bool avx512;      // F, BW, DQ, VL and all of the above
+    bool avx512vbmi;  // and VBMI
+} rbe_cpu;
+
+rbe_cpu rbe_cpu_detect(void);
+
+#endif

@@ -1,0 +1,69 @@
+// Which path a product takes: a small cost model in units of one float32 multiply-add lane, its constants measured (kernels/README.md).
+#include <stdio.h>
+
+#include "dispatch.h"
+#include "plan.h"
+
+enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32 };
+
+static const double SUM_LANE = 4.0;      // one lane of a table row: its line comes from L2
+static const double UNPACK_CODE = 64.0;  // word -> idx and scale
+static const double GATHER_CODE = 40.0;  // one code of one token, looked up by a gather
+static const double DECODE_WEIGHT = 16.0;
+static const double DOT_WEIGHT = 3.0;    // one weight of one token in a dot product
+static const double BACKWARD_LANE = 8.0; // one lane of a code's D and dP
+
+static _Atomic rbe_path forced;
+
+void rbe_use_path(rbe_path path) { forced = path; }
+
+static double tokens_in_tiles(const rbe_kernels *kernels, int64_t tokens) {
+    return (double)((tokens + kernels->width - 1) / kernels->width * kernels->width);
+}
+
+static bool has_table(const rbe_layout *l) { return l->field != RBE_FIELD_RBE16S && l->residual == RBE_RESIDUAL_NONE; }
+
+rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens, bool fast,
+                         bool packed) {
+    const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages, n = (double)cols;
+    const double lanes = tokens_in_tiles(kernels, tokens), table = 256.0 * l->stages * n;
+    const double decode = weights * (DECODE_WEIGHT * (double)((tokens + 255) / 256) + lanes);
+    const double dot = tokens <= TOKENS_DOTTED ? weights * (DECODE_WEIGHT + DOT_WEIGHT * (double)tokens) : decode;
+    const rbe_path dense = dot < decode ? RBE_PATH_DECODE_DOT : RBE_PATH_DECODE;
+    const rbe_path wanted = forced;
+    if (wanted == RBE_PATH_DECODE || wanted == RBE_PATH_DECODE_DOT) return wanted;
+    if (!has_table(l)) return dense;
+    const bool bytes = fast && packed && kernels->lut8_rows && l->field == RBE_FIELD_RBE8;
+    if (wanted != RBE_PATH_PLANNED && (wanted != RBE_PATH_LUT8 || bytes)) return wanted;
+    if (bytes && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8) return RBE_PATH_LUT8;
+    const double tiles = table * lanes + codes * (UNPACK_CODE + SUM_LANE * lanes);
+    const double token = tokens <= TOKENS_ONE_BY_ONE ? table * (double)tokens + codes * (UNPACK_CODE + GATHER_CODE * (double)tokens) : tiles;
+    if ((token < tiles ? token : tiles) > (dot < decode ? dot : decode)) return dense;
+    return token < tiles ? RBE_PATH_TABLE_TOKEN : RBE_PATH_TABLE;
+}
+
+rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens) {
+    const rbe_path wanted = forced;
+    if (wanted == RBE_PATH_DECODE || !has_table(l)) return RBE_PATH_DECODE;
+    if (wanted == RBE_PATH_TABLE) return RBE_PATH_TABLE;
+    const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages;
+    const double lanes = tokens_in_tiles(kernels, tokens);
+    const double table = lanes * (3.0 * 256.0 * l->stages * (double)cols + BACKWARD_LANE * codes) + codes * UNPACK_CODE;
+    return table < weights * (2.0 * lanes + 3.0 * DECODE_WEIGHT) ? RBE_PATH_TABLE : RBE_PATH_DECODE;
+}
+
+int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_accuracy accuracy, char *text,
+                        size_t size) {
+    static const char *const what[] = {
+        [RBE_PATH_TABLE] = "table: x times the basis, then a sum over codes, tiles of tokens",
+        [RBE_PATH_TABLE_TOKEN] = "table: x times the basis, gathered by code, token by token",
+        [RBE_PATH_LUT8] = "table of bytes: 8-bit lookups",
+        [RBE_PATH_DECODE_DOT] = "decode a row, dot products",
+        [RBE_PATH_DECODE] = "decode a tile, dense micro-kernel",
+    };
+    const rbe_kernels *kernels;
+    rbe_error err;
+    if (rbe_choose_kernels(&kernels, &err) != RBE_OK) return snprintf(text, size, "%s", err.text);
+    const rbe_path path = rbe_plan_linear(kernels, layout, rows, cols, tokens, accuracy == RBE_ACCURACY_FAST, true);
+    return snprintf(text, size, "%s, %s", kernels->isa, what[path]);
+}

@@ -1,0 +1,31 @@
+// Which path a product takes.
+#ifndef RBE_PLAN_H
+#define RBE_PLAN_H
+
+#include "../kernels/kernels.h"
+#include "rbe.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum rbe_path {
+    RBE_PATH_PLANNED,      // as the cost model says
+    RBE_PATH_TABLE,        // P for a tile of tokens, then a sum over codes
+    RBE_PATH_TABLE_TOKEN,  // a few tokens: P token by token, gathered
+    RBE_PATH_LUT8,         // P in bytes
+    RBE_PATH_DECODE_DOT,   // a decoded row against few tokens
+    RBE_PATH_DECODE,       // a decoded tile in a dense product
+} rbe_path;
+
+rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, bool fast,
+                         bool packed);
+rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens);
+
+// From now on this path wherever the layout has it, for tests: not while a product is computed.
+void rbe_use_path(rbe_path path);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,96 @@
+// What the paths of rbe_linear, rbe_linear_backward and rbe_decode share: checks, threads, and the way in and out of float32.
+#ifndef RBE_PRODUCT_H
+#define RBE_PRODUCT_H
+
+#include <stdatomic.h>
+
+#include "../kernels/kernels.h"
+#include "plan.h"
+#include "rbe.h"
+#include "scratch.h"
+
+// ---- checks (check.c) -------------------------------------------------------------------------------------------------------
+rbe_status rbe_check_weight(const rbe_weight *w, rbe_error *err);  // shapes, pointers, codes, gain, residual
+// x-like (T x cols) or y-like (T x rows) argument of a product with w; `tokens` < 0: any number
+rbe_status rbe_check_matrix(const rbe_weight *w, const char *name, const rbe_matrix *a, int64_t tokens, int64_t cols, rbe_error *err);
+rbe_status rbe_out_of_memory(rbe_error *err);
+
+// ---- threads ----------------------------------------------------------------------------------------------------------------
+static inline void rbe_run(const rbe_parallel *threads, int64_t count, int64_t grain, rbe_body body, void *context) {
+    if (count <= 0) return;
+    if (threads && threads->threads > 1 && count > grain)
+        threads->run(threads->pool, 0, count, grain, body, context);
+    else
+        body(0, count, context);
+}
+static inline int rbe_thread_count(const rbe_parallel *threads) { return threads && threads->threads > 1 ? threads->threads : 1; }
+static inline int64_t rbe_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t rbe_max(int64_t a, int64_t b) { return a > b ? a : b; }
+// a share of the work for each thread, in whole steps
+static inline int64_t rbe_share(const rbe_parallel *threads, int64_t count, int64_t step) {
+    const int64_t shares = rbe_thread_count(threads), each = (count + shares - 1) / shares;
+    return rbe_max(step, (each + step - 1) / step * step);
+}
+
+// ---- codes of a weight (weight.c) -------------------------------------------------------------------------------------------
+static inline int64_t rbe_codes_a_row(const rbe_weight *w) { return w->groups * w->layout.stages; }
+rbe_code_row rbe_code_row_at(const rbe_weight *w, int64_t row);
+
+// All codes, unpacked: row i's at idx + i*row, scale + i*row (scale NULL: 1).
+typedef struct rbe_codes {
+    const uint8_t *idx;
+    const float *scale;
+    int64_t row;
+} rbe_codes;
+rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads, rbe_codes *out, rbe_error *err);
+
+// Buffers to decode one row, or a stretch of its groups, of W.
+typedef struct rbe_row_buffers {
+    uint8_t *idx, *signs;
+    float *scale;
+} rbe_row_buffers;
+bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *out);
+// Columns of groups k0 .. k0+groups-1 of a row, residual included. Leaves the codes' idx, scale and signs in the buffers.
+void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row, int64_t k0, int64_t groups, rbe_row_buffers b, float *out);
+
+// ---- activations <-> float32 (tiles.c) --------------------------------------------------------------------------------------
+// out[t*out_row + j] = a[t0+t, j0+j]
+void rbe_load_rows(const rbe_kernels *kernels, const rbe_matrix *a, int64_t t0, int64_t tokens, int64_t j0, int64_t cols, float *out,
+                   int64_t out_row);
+void rbe_store_rows(const rbe_kernels *kernels, const rbe_matrix *a, int64_t t0, int64_t tokens, int64_t j0, int64_t cols, const float *in,
+                    int64_t in_row);
+// out[j*width + t] = a[t0+t, j0+j], zero for tokens <= t < width; and back
+void rbe_load_tile(const rbe_kernels *kernels, const rbe_matrix *a, int64_t t0, int64_t tokens, int64_t j0, int64_t cols, float *out,
+                   int64_t width);
+void rbe_store_tile(const rbe_kernels *kernels, const rbe_matrix *a, int64_t t0, int64_t tokens, int64_t j0, int64_t cols, const float *in,
+                    int64_t width);
+enum { RBE_TILE_MAX = 64 };  // widest tile: 4 vectors of 16
+// whether the matrix can be read as float32 rows where it lies
+static inline bool rbe_is_rows(const rbe_matrix *a) { return a->dtype == RBE_F32 && (a->col_stride == 1 || a->cols <= 1); }
+
+// ---- paths ------------------------------------------------------------------------------------------------------------------
+typedef struct rbe_job {
+    const rbe_kernels *kernels;
+    const rbe_weight *w;
+    const rbe_matrix *x, *y;
+    const float *bias;
+    const rbe_parallel *threads;
+    atomic_bool failed;  // out of memory in a thread
+} rbe_job;
+
+rbe_status rbe_linear_table(rbe_job *job, rbe_error *err);
+rbe_status rbe_linear_token(rbe_job *job, rbe_error *err);
+rbe_status rbe_linear_exact(rbe_job *job, rbe_error *err);  // whichever float32 path the plan says
+rbe_status rbe_linear_lut8(rbe_job *job, rbe_error *err);
+rbe_status rbe_linear_decode(rbe_job *job, bool dot, rbe_error *err);
+
+// job->x is x, job->y is dy. dbasis and d (raw D, [m, K*M]) are cleared buffers to add to, or NULL where not wanted.
+typedef struct rbe_backward_job {
+    rbe_job job;
+    const rbe_matrix *dx;
+    float *dbasis, *d;
+} rbe_backward_job;
+rbe_status rbe_backward_table(rbe_backward_job *job, rbe_error *err);
+rbe_status rbe_backward_decode(rbe_backward_job *job, rbe_error *err);
+
+#endif

@@ -1,0 +1,218 @@
+// rbe_linear_backward on every ISA the host has, both paths, every layout, shape class, type and stride, against the float64 reference.
+#include "product_case.h"
+
+namespace {
+
+const std::vector<std::string> kLayouts = {"rbe22_g64", "rbe32_g16", "rbe9r_g8",   "rbe22_g1",  "rbe22x2_g3",  "rbe32_g100",      "rbe8x2_g8",
+                                           "rbe8_g128", "rbe8x3_g5", "rbe16s_g8",  "rbe16sx2_g8", "rbe8x2_g8+int8", "rbe22_g32+fp8", "rbe8_g8+lr3",
+                                           "rbe16s_g8+sp0.05"};
+const rbe_path kPaths[] = {RBE_PATH_TABLE, RBE_PATH_DECODE};
+
+struct Gradients {
+    Matrix dx;
+    std::vector<float> basis, gain, bias, amplitude, scale;
+    rbe_gradients out{};
+    Gradients(const Weight &weight, rbe_dtype dtype, int64_t tokens, Matrix::Shape shape)
+        : dx(dtype, tokens, weight.w.cols, shape), basis(weight.basis.size(), 9.0f), gain(weight.gain.size(), 9.0f), bias(weight.gain.size(), 9.0f),
+          amplitude(weight.amplitude.size(), 9.0f), scale(weight.words.size(), 9.0f) {
+        out = {&dx.view, basis.data(), gain.data(), bias.data(), amplitude.empty() ? nullptr : amplitude.data(), scale.data()};
+    }
+};
+
+struct Backward {
+    Weight weight;
+    Matrix x, dy;
+    Gradients got, truth;
+    Backward(const std::string &layout, int64_t m, int64_t n, int64_t tokens, std::mt19937 &random, Weight::Codes codes = Weight::kWords,
+             rbe_dtype dtype = RBE_F32, Matrix::Shape in = Matrix::kRows, Matrix::Shape out = Matrix::kRows)
+        : weight(layout, m, n, random, codes), x(dtype, tokens, n, in), dy(dtype, tokens, m, in), got(weight, dtype, tokens, out),
+          truth(weight, RBE_F64, tokens, Matrix::kRows) {
+        x.fill(random);
+        dy.fill(random);
+    }
+    void reference() { rbe_reference_linear_backward(&weight.w, &dy.view, &x.view, &truth.out); }
+    void run(const rbe_parallel *threads = nullptr) {
+        rbe_error err;
+        ASSERT_EQ(rbe_linear_backward(&weight.w, &dy.view, &x.view, &got.out, threads, &err), RBE_OK) << err.text;
+    }
+    void check(const std::string &what) {
+        const std::vector<char> before = got.dx.surroundings();
+        run();
+        if (got.out.dx) expect_near(got.dx, truth.dx, kFloat32Error, what + " dx");
+        if (got.out.basis) expect_near(got.basis, truth.basis, kFloat32Error, what + " dbasis");
+        if (got.out.gain) expect_near(got.gain, truth.gain, kFloat32Error, what + " dgain");
+        if (got.out.bias) expect_near(got.bias, truth.bias, kFloat32Error, what + " dbias");
+        if (got.out.scale) expect_near(got.scale, truth.scale, kFloat32Error, what + " dscale");
+        if (got.out.amplitude) expect_near(got.amplitude, truth.amplitude, kFloat32Error, what + " damplitude");
+        ASSERT_EQ(before, got.dx.surroundings()) << what << ": wrote outside dx";
+    }
+};
+
+TEST(Backward, EveryIsaPathAndLayoutAgreesWithTheReference) {
+    std::mt19937 random(1);
+    for (const std::string &layout : kLayouts) {
+        for (int64_t tokens : {1, 21}) {
+            Backward b(layout, 43, 131, tokens, random, Weight::kPacked);
+            b.reference();
+            for (const std::string &isa : host_isas()) {
+                for (rbe_path path : kPaths) {
+                    const Using use(isa, path);
+                    b.check(layout + " " + isa + " path " + std::to_string(path) + " tokens " + std::to_string(tokens));
+                }
+            }
+        }
+    }
+}
+
+TEST(Backward, SizesAroundEveryTileEdge) {
+    std::mt19937 random(2);
+    const auto check = [&](const char *layout, int64_t m, int64_t n, int64_t tokens) {
+        Backward b(layout, m, n, tokens, random, Weight::kPacked);
+        b.reference();
+        for (const std::string &isa : host_isas()) {
+            for (rbe_path path : kPaths) {
+                const Using use(isa, path);
+                b.check(isa + " path " + std::to_string(path) + " " + std::to_string(m) + " x " + std::to_string(n) + ", " + std::to_string(tokens));
+            }
+        }
+    };
+    for (int64_t tokens : {0, 1, 3, 4, 5, 16, 31, 32, 33, 63, 64, 65, 129}) check("rbe22_g16", 9, 20, tokens);
+    for (int64_t m : {1, 2, 15, 16, 17, 95, 96, 97}) check("rbe8x2_g8", m, 20, 5);
+    for (int64_t n : {1, 7, 8, 9, 255, 256, 257}) check("rbe22_g8", 3, n, 3);
+}
+
+TEST(Backward, MoreTokensThanABlock) {
+    std::mt19937 random(3);
+    for (const char *layout : {"rbe22_g8", "rbe16s_g8"}) {
+        Backward b(layout, 5, 24, 600, random);
+        b.reference();
+        for (rbe_path path : kPaths) {
+            const Using use(host_isas().back(), path);
+            b.check(layout);
+        }
+    }
+}
+
+TEST(Backward, TypesAndStrides) {
+    std::mt19937 random(4);
+    for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
+        for (Matrix::Shape in : {Matrix::kRows, Matrix::kPadded, Matrix::kTransposed, Matrix::kReversed, Matrix::kSpaced}) {
+            for (Matrix::Shape out : {Matrix::kRows, Matrix::kTransposed, Matrix::kReversed}) {
+                Backward b("rbe22_g16", 17, 50, 9, random, Weight::kWords, dtype, in, out);
+                b.reference();
+                for (const std::string &isa : host_isas()) {
+                    for (rbe_path path : kPaths) {
+                        const Using use(isa, path);
+                        b.check(isa + " dtype " + std::to_string(dtype) + " shapes " + std::to_string(in) + std::to_string(out));
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(Backward, AmplitudesAndTheirGradient) {
+    std::mt19937 random(5);
+    for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5"}) {
+        Backward b(layout, 33, 70, 9, random, Weight::kAmplitude);
+        b.weight.amplitude[0] = 1.0f, b.weight.amplitude[1] = -1.0f, b.weight.amplitude[2] = 0.0f, b.weight.amplitude[3] = 3.0f;
+        b.reference();
+        for (const std::string &isa : host_isas()) {
+            for (rbe_path path : kPaths) {
+                const Using use(isa, path);
+                b.check(std::string(layout) + " " + isa);
+            }
+        }
+    }
+}
+
+TEST(Backward, ZeroGainStillHasAGradient) {
+    std::mt19937 random(6);
+    Backward b("rbe22_g16", 20, 40, 9, random, Weight::kAmplitude);
+    b.weight.gain[3] = 0.0f;
+    b.reference();
+    ASSERT_NE(b.truth.gain[3], 0.0f);
+    for (const std::string &isa : host_isas()) {
+        for (rbe_path path : kPaths) {
+            const Using use(isa, path);
+            b.check(isa);
+        }
+    }
+}
+
+TEST(Backward, EachGradientAlone) {
+    std::mt19937 random(7);
+    for (int wanted = 0; wanted < 6; ++wanted) {
+        Backward b("rbe22_g16", 20, 40, 9, random, Weight::kAmplitude);
+        rbe_gradients &out = b.got.out;
+        b.reference();
+        if (wanted != 0) out.dx = nullptr;
+        if (wanted != 1) out.basis = nullptr;
+        if (wanted != 2) out.gain = nullptr;
+        if (wanted != 3) out.bias = nullptr;
+        if (wanted != 4) out.amplitude = nullptr;
+        if (wanted != 5) out.scale = nullptr;
+        for (rbe_path path : kPaths) {
+            const Using use(host_isas().back(), path);
+            b.check("only " + std::to_string(wanted));
+        }
+    }
+}
+
+TEST(Backward, NonFiniteStaysInItsTokensRowOfDx) {
+    std::mt19937 random(8);
+    for (const char *layout : {"rbe22_g16", "rbe16s_g8"}) {
+        for (const double bad : {(double)NAN, (double)INFINITY}) {
+            Backward b(layout, 40, 70, 5, random);
+            b.dy.set(2, 11, bad);
+            for (const std::string &isa : host_isas()) {
+                for (rbe_path path : kPaths) {
+                    const Using use(isa, path);
+                    b.run();
+                    for (int64_t t = 0; t < 5; ++t)
+                        for (int64_t j = 0; j < 70; ++j) ASSERT_EQ(std::isfinite(b.got.dx.at(t, j)), t != 2) << layout << " " << isa << " path " << path;
+                    ASSERT_FALSE(std::isfinite(b.got.bias[11]));
+                    ASSERT_FALSE(std::isfinite(b.got.gain[11]));
+                    ASSERT_TRUE(std::isfinite(b.got.gain[12]));
+                }
+            }
+        }
+    }
+}
+
+TEST(Backward, SameBitsRunToRunAndForAnyNumberOfThreads) {
+    std::mt19937 random(9);
+    for (const char *layout : {"rbe22_g16", "rbe8x2_g8", "rbe16s_g8"}) {
+        for (rbe_path path : kPaths) {
+            Backward b(layout, 150, 700, 70, random, Weight::kPacked, RBE_BF16);
+            const Using use(host_isas().back(), path);
+            b.run();
+            const Gradients &g = b.got;
+            const auto all = [&] { return std::make_tuple(g.dx.bytes, g.basis, g.gain, g.bias, g.scale); };
+            const auto once = all();
+            for (int count : {1, 2, 3, 7}) {
+                const Threads threads(count);
+                b.run(&threads.parallel);
+                ASSERT_TRUE(once == all()) << layout << " path " << path << " threads " << count;
+            }
+        }
+    }
+}
+
+TEST(Backward, RefusesWhatDoesNotFit) {
+    std::mt19937 random(10);
+    const auto refused = [&](const char *word, const std::function<void(Backward &)> &spoil) {
+        Backward b("rbe22_g16", 9, 40, 3, random);
+        spoil(b);
+        rbe_error err;
+        err.text[0] = 0;
+        EXPECT_EQ(rbe_linear_backward(&b.weight.w, &b.dy.view, &b.x.view, &b.got.out, nullptr, &err), RBE_BAD_ARGUMENT);
+        EXPECT_NE(std::string(err.text).find(word), std::string::npos) << err.text;
+    };
+    refused("dy: has 2 rows", [](Backward &b) { b.dy.view.rows = 2; });
+    refused("dx: has 41 columns", [](Backward &b) { b.got.dx.view.cols = 41; });
+    refused("dy: must have the dtype of x", [](Backward &b) { b.dy.view.dtype = RBE_F16; });
+    refused("amplitude: its gradient", [](Backward &b) { b.got.out.amplitude = b.got.scale.data(); });
+}
+
+}  // namespace

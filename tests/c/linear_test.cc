@@ -1,0 +1,357 @@
+// rbe_linear and rbe_decode on every ISA the host has, every path, layout, shape class, type and stride, against the float64 reference.
+#include "product_case.h"
+
+namespace {
+
+const std::vector<std::string> kLayouts = {"rbe22_g64",   "rbe32_g16", "rbe9r_g8",   "rbe22_g1",   "rbe22x2_g3", "rbe32_g100", "rbe9rx2_g128",
+                                           "rbe8x2_g8",   "rbe8_g8",   "rbe8x4_g16", "rbe8x3_g5",  "rbe16s_g8",  "rbe16sx2_g8",
+                                           "rbe8x2_g8+int8", "rbe22_g32+fp8", "rbe8_g8+lr3", "rbe16s_g8+sp0.05"};
+const rbe_path kExactPaths[] = {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE};
+
+struct Forward {
+    Weight weight;
+    Matrix x, y, truth;
+    Forward(const std::string &layout, int64_t m, int64_t n, int64_t tokens, std::mt19937 &random, Weight::Codes codes = Weight::kWords,
+            rbe_dtype dtype = RBE_F32, Matrix::Shape in = Matrix::kRows, Matrix::Shape out = Matrix::kRows)
+        : weight(layout, m, n, random, codes), x(dtype, tokens, n, in), y(dtype, tokens, m, out), truth(RBE_F64, tokens, m) {
+        x.fill(random);
+    }
+    void reference() { rbe_reference_linear(&weight.w, &x.view, weight.bias.data(), &truth.view); }
+    void run(rbe_accuracy accuracy = RBE_ACCURACY_EXACT, const rbe_parallel *threads = nullptr) {
+        rbe_error err;
+        ASSERT_EQ(rbe_linear(&weight.w, &x.view, weight.bias.data(), &y.view, accuracy, threads, &err), RBE_OK) << err.text;
+    }
+    void check(const std::string &what) {
+        const std::vector<char> before = y.surroundings();
+        run();
+        expect_near(y, truth, kFloat32Error, what);
+        ASSERT_EQ(before, y.surroundings()) << what << ": wrote outside y";
+    }
+};
+
+TEST(Linear, EveryIsaPathAndLayoutAgreesWithTheReference) {
+    std::mt19937 random(1);
+    for (const std::string &layout : kLayouts) {
+        for (Weight::Codes codes : {Weight::kWords, Weight::kPacked}) {
+            for (int64_t tokens : {1, 2, 5, 16, 35}) {
+                Forward f(layout, 53, 131, tokens, random, codes);
+                f.reference();
+                for (const std::string &isa : host_isas()) {
+                    for (rbe_path path : kExactPaths) {
+                        const Using use(isa, path);
+                        f.check(layout + " " + isa + " path " + std::to_string(path) + " tokens " + std::to_string(tokens));
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(Linear, SizesAroundEveryTileEdge) {
+    std::mt19937 random(2);
+    for (const std::string &isa : host_isas()) {
+        for (rbe_path path : kExactPaths) {
+            const Using use(isa, path);
+            for (int64_t tokens : {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65}) {
+                Forward f("rbe22_g16", 9, 40, tokens, random);
+                f.reference();
+                f.check(isa + " tokens " + std::to_string(tokens));
+            }
+            for (int64_t m : {1, 2, 3, 4, 5, 11, 12, 13, 47, 48, 49, 255, 256, 257}) {
+                Forward f("rbe8x2_g8", m, 24, 17, random, Weight::kPacked);
+                f.reference();
+                f.check(isa + " rows " + std::to_string(m));
+            }
+            for (int64_t n : {1, 2, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025}) {
+                Forward f("rbe22_g8", 5, n, 3, random, Weight::kPacked);
+                f.reference();
+                f.check(isa + " columns " + std::to_string(n));
+            }
+        }
+    }
+}
+
+TEST(Linear, PlannedPathsAtLargerSizes) {
+    std::mt19937 random(3);
+    for (const char *layout : {"rbe22_g64", "rbe8x2_g8", "rbe16s_g8"}) {
+        for (int64_t tokens : {1, 4, 40, 300}) {
+            Forward f(layout, 300, 520, tokens, random, Weight::kPacked);
+            f.reference();
+            f.check(std::string(layout) + " tokens " + std::to_string(tokens));
+        }
+    }
+}
+
+TEST(Linear, TypesAndStrides) {
+    std::mt19937 random(4);
+    for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
+        for (Matrix::Shape in : {Matrix::kRows, Matrix::kPadded, Matrix::kTransposed, Matrix::kReversed, Matrix::kSpaced}) {
+            for (Matrix::Shape out : {Matrix::kRows, Matrix::kTransposed, Matrix::kReversed}) {
+                Forward f("rbe22_g16", 37, 300, 19, random, Weight::kWords, dtype, in, out);
+                f.reference();
+                for (const std::string &isa : host_isas()) {
+                    for (rbe_path path : kExactPaths) {
+                        const Using use(isa, path);
+                        f.check(isa + " dtype " + std::to_string(dtype) + " shapes " + std::to_string(in) + std::to_string(out));
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(Linear, BroadcastInput) {
+    std::mt19937 random(5);
+    Forward f("rbe22_g16", 20, 50, 33, random);
+    f.x.view.row_stride = 0;
+    f.reference();
+    for (const std::string &isa : host_isas()) {
+        const Using use(isa, RBE_PATH_TABLE);
+        f.check(isa);
+    }
+}
+
+TEST(Linear, AmplitudesReplaceTheCodesOwn) {
+    std::mt19937 random(6);
+    for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5"}) {
+        Forward f(layout, 33, 70, 9, random, Weight::kAmplitude);
+        f.reference();
+        for (const std::string &isa : host_isas()) {
+            for (rbe_path path : kExactPaths) {
+                const Using use(isa, path);
+                f.check(std::string(layout) + " " + isa);
+            }
+        }
+    }
+}
+
+TEST(Linear, NonFiniteStaysInItsTokensRow) {
+    std::mt19937 random(7);
+    for (const char *layout : {"rbe22_g16", "rbe8x2_g8", "rbe16s_g8"}) {
+        for (const double bad : {(double)NAN, (double)INFINITY, -(double)INFINITY}) {
+            Forward f(layout, 40, 72, 5, random, Weight::kPacked);
+            f.x.set(3, 41, bad);
+            for (const std::string &isa : host_isas()) {
+                for (rbe_path path : {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_LUT8}) {
+                    const Using use(isa, path);
+                    f.run(RBE_ACCURACY_FAST);
+                    for (int64_t t = 0; t < 5; ++t)
+                        for (int64_t i = 0; i < 40; ++i) ASSERT_EQ(std::isfinite(f.y.at(t, i)), t != 3) << layout << " " << isa << " path " << path;
+                }
+            }
+        }
+    }
+}
+
+// What pads the last group of the basis must not reach a result, whatever it is.
+TEST(Linear, PaddingOfTheBasisIsNeverRead) {
+    std::mt19937 random(8);
+    for (const char *layout : {"rbe22_g16", "rbe8x2_g8"}) {
+        Forward f(layout, 30, 8, 6, random, Weight::kPacked);
+        f.reference();
+        const int64_t g = f.weight.w.layout.group;
+        if (g > 8)
+            for (size_t i = 0; i < f.weight.basis.size(); ++i)
+                if ((int64_t)i % g >= 8) f.weight.basis[i] = NAN;
+        for (const std::string &isa : host_isas()) {
+            for (rbe_path path : kExactPaths) {
+                const Using use(isa, path);
+                f.check(std::string(layout) + " " + isa);
+            }
+        }
+    }
+}
+
+TEST(Linear, SameBitsRunToRunAndForAnyNumberOfThreads) {
+    std::mt19937 random(9);
+    for (const char *layout : {"rbe22_g16", "rbe8x2_g8", "rbe16s_g8"}) {
+        for (int64_t tokens : {1, 2, 20, 130}) {
+            for (rbe_path path : {RBE_PATH_PLANNED, RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_LUT8}) {
+                Forward f(layout, 203, 330, tokens, random, Weight::kPacked);
+                const Using use(host_isas().back(), path);
+                f.run(RBE_ACCURACY_FAST);
+                const std::vector<char> once = f.y.bytes;
+                for (int count : {1, 2, 3, 7}) {
+                    const Threads threads(count);
+                    std::fill(f.y.bytes.begin(), f.y.bytes.end(), (char)0x5A);
+                    f.run(RBE_ACCURACY_FAST, &threads.parallel);
+                    ASSERT_EQ(once, f.y.bytes) << layout << " tokens " << tokens << " path " << path << " threads " << count;
+                }
+            }
+        }
+    }
+}
+
+TEST(Linear, ByteTablesErrByLittle) {
+    if (!rbe_kernels_of("avx512") || !rbe_kernels_of("avx512")->lut8_rows) GTEST_SKIP() << "no byte lookups on this host";
+    std::mt19937 random(10);
+    for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe8x4_g16"}) {
+        for (int64_t m : {1, 63, 64, 65, 256, 300}) {
+            for (int64_t n : {5, 250, 512}) {
+                for (int64_t tokens : {1, 3}) {
+                    Forward f(layout, m, n, tokens, random, Weight::kPacked);
+                    f.reference();
+                    const Using use("avx512", RBE_PATH_LUT8);
+                    f.run(RBE_ACCURACY_FAST);
+                    const double size = std::sqrt((double)(n * f.weight.w.layout.stages));  // of a sum of n * M products of unit variance
+                    for (int64_t t = 0; t < tokens; ++t)
+                        for (int64_t i = 0; i < m; ++i)
+                            ASSERT_LE(std::fabs(f.y.at(t, i) - f.truth.at(t, i)), kByteTableError * size * f.weight.gain[(size_t)i]) << layout;
+                }
+            }
+        }
+    }
+}
+
+TEST(Linear, ByteTablesOfZeroAndTinyInputs) {
+    if (!rbe_kernels_of("avx512") || !rbe_kernels_of("avx512")->lut8_rows) GTEST_SKIP() << "no byte lookups on this host";
+    std::mt19937 random(11);
+    for (double value : {0.0, 1e-42, 1e30}) {
+        Forward f("rbe8x2_g8", 70, 64, 1, random, Weight::kPacked);
+        for (int64_t j = 0; j < 64; ++j) f.x.set(0, j, value);
+        std::fill(f.weight.bias.begin(), f.weight.bias.end(), 0.0f);
+        f.reference();
+        const Using use("avx512", RBE_PATH_LUT8);
+        f.run(RBE_ACCURACY_FAST);
+        for (int64_t i = 0; i < 70; ++i)
+            ASSERT_LE(std::fabs(f.y.at(0, i) - f.truth.at(0, i)), kByteTableError * 8.0 * 1.5 * f.weight.gain[(size_t)i] * std::max(value, 1e-36));
+    }
+}
+
+TEST(Linear, Float64TakesTheReference) {
+    std::mt19937 random(12);
+    Forward f("rbe22_g16", 9, 40, 3, random, Weight::kWords);
+    std::vector<double> basis(f.weight.basis.begin(), f.weight.basis.end()), gain(f.weight.gain.begin(), f.weight.gain.end()),
+        bias(f.weight.bias.begin(), f.weight.bias.end());
+    Matrix x(RBE_F64, 3, 40), y(RBE_F64, 3, 9), truth(RBE_F64, 3, 9);
+    x.fill(random);
+    f.weight.w.real = RBE_F64;
+    f.weight.w.basis = basis.data();
+    f.weight.w.gain = gain.data();
+    rbe_error err;
+    ASSERT_EQ(rbe_linear(&f.weight.w, &x.view, bias.data(), &y.view, RBE_ACCURACY_AUTO, nullptr, &err), RBE_OK) << err.text;
+    rbe_reference_linear(&f.weight.w, &x.view, bias.data(), &truth.view);
+    ASSERT_EQ(y.bytes, truth.bytes);
+}
+
+TEST(Decode, EveryIsaAndLayout) {
+    std::mt19937 random(13);
+    for (const std::string &layout : kLayouts) {
+        Weight weight(layout, 30, 131, random, Weight::kPacked);
+        std::vector<float> truth(30 * 131), got(truth.size());
+        rbe_reference_decode(&weight.w, truth.data());
+        for (const std::string &isa : host_isas()) {
+            const Using use(isa);
+            rbe_error err;
+            const Threads threads(2);
+            ASSERT_EQ(rbe_decode(&weight.w, got.data(), &threads.parallel, &err), RBE_OK) << err.text;
+            expect_near(got, truth, 1e-6, layout + " " + isa);
+        }
+    }
+}
+
+TEST(Linear, RefusesWhatDoesNotFit) {
+    std::mt19937 random(14);
+    rbe_error err;
+    const auto refused = [&](const char *word, const std::function<void(Forward &)> &spoil, const char *layout = "rbe22_g16") {
+        Forward f(layout, 9, 40, 3, random);
+        spoil(f);
+        err.text[0] = 0;
+        EXPECT_EQ(rbe_linear(&f.weight.w, &f.x.view, f.weight.bias.data(), &f.y.view, RBE_ACCURACY_AUTO, nullptr, &err), RBE_BAD_ARGUMENT);
+        EXPECT_NE(std::string(err.text).find(word), std::string::npos) << err.text;
+    };
+    refused("gain: row 4", [](Forward &f) { f.weight.gain[4] = NAN; });
+    refused("x: has 39 columns", [](Forward &f) { f.x.view.cols = 39; });
+    refused("y: has 2 rows", [](Forward &f) { f.y.view.rows = 2; });
+    refused("y: must have the dtype of x", [](Forward &f) { f.y.view.dtype = RBE_BF16; });
+    refused("x: is float64", [](Forward &f) { f.x.view.dtype = RBE_F64; });
+    refused("rounded", [](Forward &f) { f.weight.w.amplitude = f.weight.basis.data(), f.weight.w.rounded = false; });
+    refused("amplitude", [](Forward &f) { f.weight.w.amplitude = f.weight.basis.data(); }, "rbe8_g8");
+    refused("codes", [](Forward &f) { f.weight.words[5] = -1; });
+    refused("residual_scale", [](Forward &f) { f.weight.w.residual.scale = nullptr; }, "rbe8_g8+int8");
+    refused("residual_right: column 40", [](Forward &f) { f.weight.residual_right[4] = 40; }, "rbe8_g8+sp0.05");
+    refused("basis", [](Forward &f) { f.weight.w.basis = nullptr; });
+}
+
+TEST(Linear, UnknownIsaIsRefusedAtFirstUse) {
+    GTEST_FLAG_SET(death_test_style, "threadsafe");  // a fresh process: the choice is made once
+    EXPECT_EXIT(
+        {
+            setenv("RBE_ISA", "sse9", 1);
+            std::mt19937 random(15);
+            Forward f("rbe22_g16", 9, 40, 3, random);
+            rbe_error err;
+            const rbe_status status = rbe_linear(&f.weight.w, &f.x.view, nullptr, &f.y.view, RBE_ACCURACY_AUTO, nullptr, &err);
+            fprintf(stderr, "%s\n", err.text);
+            exit(status == RBE_BAD_ARGUMENT ? 7 : 0);
+        },
+        testing::ExitedWithCode(7), "RBE_ISA: is 'sse9', but must be unset or one of scalar, avx2, avx512, neon");
+    EXPECT_EXIT(
+        {
+            setenv("RBE_ISA", "scalar", 1);
+            exit(std::string(rbe_isa_name()) == "scalar" ? 8 : 0);
+        },
+        testing::ExitedWithCode(8), "");
+}
+
+TEST(Kernels, ScalesAreThoseOfTheReferenceBitForBit) {
+    std::mt19937 random(16);
+    for (const char *layout : {"rbe32_g1", "rbe22_g1", "rbe9r_g1", "rbe22x3_g2"}) {
+        for (Weight::Codes codes : {Weight::kWords, Weight::kPacked, Weight::kAmplitude}) {
+            Weight weight(layout, 3, 1037, random, codes);
+            const int64_t count = weight.w.groups * weight.w.layout.stages;
+            if (codes == Weight::kAmplitude) {
+                float *a = weight.amplitude.data();
+                a[0] = 0.0f, a[1] = -0.0f, a[2] = 1.0f, a[3] = -5.0f, a[4] = NAN, a[5] = INFINITY, a[6] = 1e-30f, a[7] = -1e-30f;
+                a[8] = std::nextafterf(0.5f / 256.0f, 0.0f), a[9] = 0.5f / 256.0f;  // rounding half up, just below and at a half
+            }
+            for (const std::string &isa : host_isas()) {
+                for (int64_t i = 0; i < 3; ++i) {
+                    std::vector<uint8_t> idx((size_t)count);
+                    std::vector<float> scale((size_t)count);
+                    const rbe_code_row row = {weight.w.layout.field, count, weight.w.words ? weight.w.words + i * count : nullptr,
+                                              weight.w.packed ? weight.w.packed + i * weight.w.packed_stride : nullptr,
+                                              weight.w.amplitude ? (const float *)weight.w.amplitude + i * count : nullptr, weight.w.seed,
+                                              (uint32_t)(((weight.w.row0 + i) * weight.w.groups_total + weight.w.k0) * weight.w.layout.stages)};
+                    const int64_t q0 = i * 5;  // anywhere in the row
+                    rbe_kernels_of(isa.c_str())->unpack(&row, q0, count - q0, idx.data(), scale.data(), nullptr);
+                    for (int64_t q = q0; q < count; ++q) {
+                        const int64_t k = q / weight.w.layout.stages, s = q % weight.w.layout.stages;
+                        const float truth = (float)rbe_reference_code_scale(&weight.w, i, k, s), got = scale[(size_t)(q - q0)];
+                        ASSERT_EQ(idx[(size_t)(q - q0)], rbe_word_idx(rbe_reference_word(&weight.w, i, k, s))) << layout << " " << isa;
+                        ASSERT_TRUE(std::memcmp(&truth, &got, 4) == 0 || (truth != truth && got != got)) << layout << " " << isa << " code " << q;
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(Kernels, HalfTypesConvertAsTheReference) {
+    std::vector<uint16_t> bits(65536 + 3), back(bits.size());
+    for (size_t i = 0; i < bits.size(); ++i) bits[i] = (uint16_t)i;
+    std::vector<float> wide(bits.size()), between(bits.size());
+    for (const std::string &isa : host_isas()) {
+        const rbe_kernels *k = rbe_kernels_of(isa.c_str());
+        for (bool bf16 : {true, false}) {
+            const int64_t count = (int64_t)bits.size();
+            (bf16 ? k->bf16_to_f32 : k->f16_to_f32)(bits.data(), count, wide.data());
+            for (size_t i = 0; i < bits.size(); ++i) {
+                const float truth = bf16 ? rbe_reference_bf16_to_f32(bits[i]) : rbe_reference_f16_to_f32(bits[i]);
+                ASSERT_TRUE(wide[i] == truth || (wide[i] != wide[i] && truth != truth)) << isa << " " << i;
+                between[i] = wide[i] + (i % 3 ? 0.25f : 0.5f) * (wide[(i + 1) % bits.size()] - wide[i]);  // ties among them
+            }
+            for (const std::vector<float> *in : {&wide, &between}) {
+                (bf16 ? k->f32_to_bf16 : k->f32_to_f16)(in->data(), count, back.data());
+                for (size_t i = 0; i < bits.size(); ++i) {
+                    const uint16_t truth = bf16 ? rbe_reference_f64_to_bf16((*in)[i]) : rbe_reference_f64_to_f16((*in)[i]);
+                    const bool nan = (*in)[i] != (*in)[i];
+                    const float got = bf16 ? rbe_reference_bf16_to_f32(back[i]) : rbe_reference_f16_to_f32(back[i]);
+                    ASSERT_TRUE(nan ? got != got : back[i] == truth) << isa << " bf16 " << bf16 << " " << (*in)[i] << ": " << back[i] << " for " << truth;
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
