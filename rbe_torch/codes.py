@@ -41,15 +41,16 @@ def with_amplitude(words: Tensor, amplitude: Tensor, layout: Layout) -> Tensor:
 def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch.Generator | None = None) -> Tensor:
     """int32 words [m, K, M] on the CPU: idx uniform (drawn from `seed` where the layout says so), scales of second moment 1."""
     shape = layout.codes_shape(m, n)
+    drawn = {"generator": generator, "device": "cpu"}  # whatever torch's default device is
     if layout.seeded:
-        zeros = torch.zeros(m, layout.packed_row_bytes(n), dtype=torch.uint8)
+        zeros = torch.zeros(m, layout.packed_row_bytes(n), dtype=torch.uint8, device="cpu")
         words = torch.ops.rbe.unpack(zeros, layout=str(layout), in_features=n, seed=seed)
     else:
-        words = torch.randint(0, 256, shape, generator=generator, dtype=torch.int32) << IDX_SHIFT
+        words = torch.randint(0, 256, shape, dtype=torch.int32, **drawn) << IDX_SHIFT
     if layout.fields == "rbe16s":
-        return words | torch.randint(0, 256, shape, generator=generator, dtype=torch.int32)
+        return words | torch.randint(0, 256, shape, dtype=torch.int32, **drawn)
     if not layout.has_amplitude:
         return words
-    scale = torch.randn(shape, generator=generator, dtype=torch.float32)
+    scale = torch.randn(shape, dtype=torch.float32, **drawn)
     amplitude = scale.sign() * scale.abs().log1p() / 2  # exp(2u) - 1 = |scale|
     return with_amplitude(words | CURVE_EXP, amplitude, layout)

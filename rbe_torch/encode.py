@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .codebook import cannot_encode, fit_basis
 from .layout import Layout
 
 GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # positive fp16
@@ -31,14 +32,11 @@ def encode_layer(weight: Tensor, layout: Layout, basis: Tensor | None = None, ga
     basis None: trained on this weight. gain None: fitted to each row. Both are rounded to what fp16 holds; `round_basis=False` takes the basis as
     it is. ValueError or TypeError names what is wrong.
     """
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
-        raise ValueError(f"weight: is {weight.dtype} {tuple(weight.shape)}, must be a floating-point matrix with rows and columns")
+    problem = cannot_encode(weight)
+    if problem:
+        raise ValueError(f"weight: {problem}")
     weight = weight.detach().to(torch.float32).contiguous()
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight: has {int((~torch.isfinite(weight)).sum())} values that are not finite, must have none")
     if basis is None:
-        from .compress import fit_basis
-
         basis = fit_basis([weight], layout, seed=seed)
     if not isinstance(basis, Tensor) or not basis.is_floating_point():
         raise TypeError(f"basis: is a {basis.dtype if isinstance(basis, Tensor) else type(basis).__name__}, must be a floating-point tensor")
@@ -86,6 +84,9 @@ def _fit_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> t
         padded = torch.nn.functional.pad(weight, (0, layout.groups(n) * layout.group - n))
         largest = padded.view(m, -1, layout.group).square().mean(2).sqrt().amax(1)
         gain = torch.maximum(gain, largest / (unit * _LARGEST_SCALE * layout.stages**0.5))
+    if float(gain.max()) > GAIN_MAX:
+        raise ValueError(f"basis: is so small (root mean square {float(unit):.3g}) that a row needs a gain of {float(gain.max()):.3g}, "
+                         f"more than the {GAIN_MAX:.0f} that fp16 holds")
     gain = fp16_gain(gain)
     best_codes = torch.ops.rbe.encode(weight, basis, gain, **options)
     best_gain, best_error = gain, torch.full((m,), float("inf"), device=weight.device)

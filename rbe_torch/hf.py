@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import CONFIG_FILE, Checkpoint, pack_model
-from .linear import RESIDUALS, RBELinear
+from .linear import RBELinear
 from .manifest import VERSION
+from .pack import pack_model
+from .reader import CONFIG_FILE, Checkpoint
 from .skeleton import check_layer, find_layer
+from .state import RESIDUALS
 
 try:
     import transformers
@@ -124,7 +126,7 @@ class RBEQuantizer(HfQuantizer):
             raise ValueError(f"model: transformers saves a {type(model).__name__} under other names than its modules have; "
                              "use rbe_torch.save_pretrained(model, directory)")
         model.config.quantization_config = RBEConfig(**manifest.quantization_config())
-        return tensors, {"rbe": manifest.to_json()}
+        return tensors, manifest.to_header()
 
     @property
     def is_trainable(self) -> bool:

@@ -36,13 +36,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         parsed = _match(str(self))
-        if (parsed["fields"], int(parsed["group"]), int(parsed["stages"] or 1), parsed["residual"]) != (
+        types = (type(self.fields), type(self.group), type(self.stages))
+        if types != (str, int, int) or (parsed["fields"], int(parsed["group"]), int(parsed["stages"] or 1), parsed["residual"]) != (
             self.fields, self.group, self.stages, self.residual
         ):
             raise ValueError(f"layout: {self!r} is not a layout, expected plain str and int fields")
 
     @staticmethod
-    def parse(text: "str | Layout") -> "Layout":
+    def parse(text: str | Layout) -> Layout:
         """The layout that `text` names. ValueError if it names none."""
         if isinstance(text, Layout):
             return text

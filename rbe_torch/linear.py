@@ -19,23 +19,21 @@ The format's tensors keep their dtype whatever the layer is cast to: `.to(dtype)
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _ops
-from .codes import amplitude_of, random_words, with_amplitude
+from .arguments import FLOATS, bias_of, codes_rows, exact_float32, positive, residual_of, seed_of, seed_value
+from .codes import random_words, with_amplitude
 from .layout import Layout
+from .state import RESIDUALS, find_problem, fit_entries, without_operator
 
-RESIDUALS = ("residual", "residual_scale", "residual_right", "residual_right_scale")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WEIGHT_IS_READ_ONLY = (
     "weight: is decoded from codes and cannot be assigned; use RBELinear.from_linear to encode a weight, load_state_dict with a dense "
     "'weight' entry to encode into this layer, or rbe_torch.decompress to get an nn.Linear back"
 )
-_warned_for: list[str] | None = None  # load_state_dict's own list of missing keys: one list a load, so one warning a load
 
 
 class RBELinear(nn.Module):
@@ -51,14 +49,14 @@ class RBELinear(nn.Module):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
                  generator: torch.Generator | None = None, seed: int | None = None) -> None:
         super().__init__()
-        self.in_features = _positive("in_features", in_features)
-        self.out_features = _positive("out_features", out_features)
+        self.in_features = positive("in_features", in_features)
+        self.out_features = positive("out_features", out_features)
         self.layout = layout = Layout.parse(layout)
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
-        if self._dtype not in _FLOATS:
-            raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, _FLOATS))}")
+        if self._dtype not in FLOATS:
+            raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, FLOATS))}")
         if generator is None and seed is not None:
-            generator = torch.Generator().manual_seed(_seed(seed))
+            generator = torch.Generator().manual_seed(seed_value(seed))
         m, n = self.out_features, self.in_features
         self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
         own_basis = basis is None
@@ -76,11 +74,13 @@ class RBELinear(nn.Module):
         for name in RESIDUALS:
             shape, kind = shapes.get(name, (None, None))
             zeros = None if shape is None else torch.zeros(shape, dtype=getattr(torch, kind), device=device)
+            if kind == "int32":
+                zeros += torch.arange(shape[1], dtype=torch.int32, device=device)  # columns rise in a row
             self.register_buffer(name, zeros)
         self._options: dict[str, Any] = {"layout": str(layout), "in_features": n, "seed": 0}
         if layout.seeded:
             self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
-            self._set_seed(int(torch.randint(0, 2**32, (), generator=generator)) if seed is None else _seed(seed))
+            self._set_seed(int(torch.randint(0, 2**32, (), generator=generator, device="cpu")) if seed is None else seed_value(seed))
         self.reset_parameters(generator, basis=own_basis)
 
     # ---- making one ---------------------------------------------------------------------------------------------------------
@@ -104,11 +104,11 @@ class RBELinear(nn.Module):
                 self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages)).copy_(self._parameters["gain"].half().float())
             if self.bias is not None and not self.bias.is_meta:
                 bound = 1 / math.sqrt(n)
-                self.bias.copy_(torch.empty(m, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+                self.bias.copy_(torch.empty(m, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
 
     @classmethod
     def from_linear(cls, nn_linear: nn.Module, layout: str | Layout = "rbe8x2_g8", basis: Tensor | None = None, gain: Tensor | None = None,
-                    seed: int = 0) -> "RBELinear":
+                    seed: int = 0) -> RBELinear:
         """Encodes the weight of an nn.Linear or of transformers' Conv1D.
 
         basis [M, 256, g]: the table to encode with, rounded to fp16-representable values; None trains one on this weight.
@@ -130,7 +130,7 @@ class RBELinear(nn.Module):
 
     @classmethod
     def from_codes(cls, codes: Tensor, basis: Tensor, gain: Tensor, bias: Tensor | None = None, *, layout: str | Layout, in_features: int,
-                   seed: int | None = None, residual: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> "RBELinear":
+                   seed: int | None = None, residual: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> RBELinear:
         """A layer from FORMAT's tensors, each of which is checked.
 
         codes: int32 words [m, K, M], or uint8 packed [m, row bytes]. basis [M, 256, g] and gain [m], finite, gain positive: kept as given in
@@ -138,56 +138,33 @@ class RBELinear(nn.Module):
         given as basis is shared, not copied. bias [m] or None. seed: layouts ending in r, 0 .. 2^32 - 1. residual: the tensors of
         Layout.residual_shapes by name. dtype: of `lin.weight`; by default that of the bias, else torch's default.
         """
-        layout, n = Layout.parse(layout), _positive("in_features", in_features)
+        layout, n = Layout.parse(layout), positive("in_features", in_features)
         for name, tensor in (("codes", codes), ("basis", basis), ("gain", gain)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: is a {type(tensor).__name__}, must be a torch.Tensor")
             if tensor.device != codes.device:
                 raise ValueError(f"{name}: is on {tensor.device}, must be on {codes.device} as codes are")
-        if codes.dtype not in (torch.int32, torch.uint8):
-            raise TypeError(f"codes: are {codes.dtype}, must be torch.int32 words or torch.uint8 packed bytes")
-        m = codes.shape[0] if codes.dim() else 0
-        wanted = (m, layout.packed_row_bytes(n)) if codes.dtype == torch.uint8 else layout.codes_shape(m, n)
-        if m < 1 or tuple(codes.shape) != wanted:
-            shape = wanted if m else ("m",) + wanted[1:]
-            raise ValueError(f"codes: have shape {tuple(codes.shape)}, must be {shape} for {layout} and in_features={n}, with m at least 1")
-        if layout.seeded and seed is None:
-            raise ValueError(f"seed: is None, must be given for {layout}, whose idx is drawn from it")
-        if not layout.seeded and seed is not None:
-            raise ValueError(f"seed: is {seed}, must be None for {layout}, whose idx is stored")
-        basis = _exact_float32("basis", basis, layout.basis_shape)
-        gain = _exact_float32("gain", gain, (m,))
-        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in _FLOATS or tuple(bias.shape) != (m,)):
-            raise ValueError(f"bias: is {_describe(bias)}, must be a floating-point tensor [{m}] or None")
-        if bias is not None and bias.device != codes.device:
-            raise ValueError(f"bias: is on {bias.device}, must be on {codes.device} as codes are")
-        residual = residual or {}
-        shapes = layout.residual_shapes(m, n)
-        if set(residual) != set(shapes):
-            raise ValueError(f"residual: has {sorted(residual) or 'nothing'}, must have {sorted(shapes) or 'nothing'} for {layout}")
-        for name, (shape, kind) in shapes.items():
-            if tuple(residual[name].shape) != shape or residual[name].dtype != getattr(torch, kind) or residual[name].device != codes.device:
-                raise ValueError(f"{name}: is {_describe(residual[name])}, must be torch.{kind} {shape} on {codes.device} for {layout}")
-
+        m, seed = codes_rows(codes, layout, n), seed_of(seed, layout)
+        basis, gain = exact_float32("basis", basis, layout.basis_shape), exact_float32("gain", gain, (m,))
+        bias, residual = bias_of(bias, m, codes.device), residual_of(residual, layout, m, n, codes.device)
         if dtype is None:
             dtype = bias.dtype if bias is not None else torch.get_default_dtype()
-        layer = cls(n, m, False, layout, "meta", dtype, seed=None if seed is None else _seed(seed))
+        layer = cls(n, m, False, layout, "meta", dtype, seed=seed)
         if layout.seeded:
             layer._buffers["seed"] = torch.tensor(seed, dtype=torch.int64, device=codes.device)
         codes = codes.detach().contiguous()
         if codes.dtype == torch.int32:
-            layer._buffers["packed"] = torch.ops.rbe.pack(codes, **layer._options)
+            try:
+                layer._buffers["packed"] = torch.ops.rbe.pack(codes, **layer._options)
+            except RuntimeError as error:
+                raise ValueError(without_operator(error)) from error
         else:
             layer._buffers["packed"] = codes.clone()
-        layer._parameters["basis"] = basis
-        layer._parameters["gain"] = gain.detach() if isinstance(gain, nn.Parameter) else gain
-        layer._parameters["gain"] = nn.Parameter(layer._parameters["gain"].clone(), requires_grad=False)
-        if not isinstance(basis, nn.Parameter):
-            layer._parameters["basis"] = nn.Parameter(basis.clone(), requires_grad=False)
+        layer._parameters["basis"] = basis if isinstance(basis, nn.Parameter) else nn.Parameter(basis.clone(), requires_grad=False)
+        layer._parameters["gain"] = nn.Parameter(gain.detach().clone(), requires_grad=False)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
-        for name in shapes:
-            layer._buffers[name] = residual[name].detach().clone()
+        layer._buffers.update({name: tensor.detach().clone() for name, tensor in residual.items()})
         problem = layer.problem()
         if problem:
             raise ValueError(problem)
@@ -257,27 +234,7 @@ class RBELinear(nn.Module):
 
     def problem(self) -> str:
         """What makes the layer's tensors invalid, in one sentence; empty if nothing does. Tensors on the meta device pass."""
-        checks = [("basis", self.basis), ("gain", self._parameters.get("gain")), ("log_gain", self.log_gain)]
-        for name, tensor in checks:
-            if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                return f"{name}: has {int((~torch.isfinite(tensor)).sum())} values that are not finite, must have none"
-        gain = self._parameters.get("gain")
-        if gain is not None and not gain.is_meta and not bool((gain > 0).all()):
-            return f"gain: has {int((gain <= 0).sum())} values that are not positive, the first in row {int((gain <= 0).nonzero()[0])}"
-        for name in ("residual", "residual_scale", "residual_right_scale"):
-            tensor = self._buffers[name]
-            if tensor is not None and tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
-                return f"{name}: has values that are not finite, must have none"
-        if self.layout.fraction and not self.residual_right.is_meta:
-            columns = self.residual_right
-            if int(columns.min()) < 0 or int(columns.max()) >= self.in_features or not bool((columns[:, 1:] > columns[:, :-1]).all()):
-                return f"residual_right: its columns must rise within each row and lie in 0 .. {self.in_features - 1}"
-        if not self.packed.is_meta:
-            try:
-                torch.ops.rbe.unpack(self.packed, **self._options)
-            except RuntimeError as error:
-                return str(error)
-        return ""
+        return find_problem(self)
 
     # ---- running it ---------------------------------------------------------------------------------------------------------
 
@@ -296,7 +253,7 @@ class RBELinear(nn.Module):
 
     # ---- nn.Module's own machinery ------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "RBELinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> RBELinear:
         bias = self.bias
 
         def keep_format(tensor: Tensor) -> Tensor:
@@ -307,6 +264,17 @@ class RBELinear(nn.Module):
 
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.packed.device)).dtype
         return super()._apply(keep_format, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.layout.residual == "fp8" and self.residual is not None:  # pickle cannot take torch's float8 tensors apart
+            state["_buffers"] = {**self._buffers, "residual": self.residual.view(torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.layout.residual == "fp8" and self.residual is not None:
+            self._buffers["residual"] = self.residual.view(torch.float8_e4m3fn)
 
     def _set_seed(self, seed: int) -> None:
         self._options = {**self._options, "seed": seed}
@@ -323,16 +291,8 @@ class RBELinear(nn.Module):
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         where = prefix[:-1] or "the layer"
-        saved = (local_metadata.get("layout", str(self.layout)), local_metadata.get("in_features", self.in_features))
-        if saved != (str(self.layout), self.in_features):
-            error_msgs.append(f"{where}: the state_dict holds layout {saved[0]} with in_features={saved[1]}, "
-                              f"the layer is {self.layout} with in_features={self.in_features}")
-            return
         try:
-            if prefix + "weight" in own and prefix + "packed" not in own:
-                _warn_encoding(missing_keys)
-                self._encode_entry(own, prefix)
-            self._match_form(own, prefix)
+            fit_entries(self, own, prefix, local_metadata, missing_keys)
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{where}: {error}")
             return
@@ -343,88 +303,8 @@ class RBELinear(nn.Module):
         if problem:
             error_msgs.append(f"{where}: {problem}")
 
-    def _encode_entry(self, own: dict[str, Any], prefix: str) -> None:
-        """Replaces a dense `weight` entry by the tensors that encode it with the layer's current basis."""
-        from .encode import encode_layer
-
-        weight = own.pop(prefix + "weight")
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"weight: has shape {tuple(weight.shape)}, must be {(self.out_features, self.in_features)}")
-        if self.basis.is_meta:
-            raise ValueError("weight: is dense and cannot be encoded into a layer on the meta device, which has no basis")
-        parts = encode_layer(weight.detach().to(self.basis.device), self.layout, self.basis, None, self._options["seed"], round_basis=False)
-        own[prefix + "packed"] = torch.ops.rbe.pack(parts.codes, **self._options)
-        own[prefix + "basis"] = self.basis
-        own[prefix + "gain"] = parts.gain
-        own.update({prefix + name: tensor for name, tensor in parts.residual.items()})
-        if self.layout.seeded:
-            own[prefix + "seed"] = self.seed
-
-    def _match_form(self, own: dict[str, Any], prefix: str) -> None:
-        """Checks shapes against the layout; turns the entries of a finished layer into those of a layer in training form."""
-        packed, basis = own.get(prefix + "packed"), own.get(prefix + "basis")
-        shape = (self.out_features, self.layout.packed_row_bytes(self.in_features))
-        for name, tensor, wanted in (("packed", packed, shape), ("basis", basis, self.layout.basis_shape)):
-            if tensor is not None and tuple(tensor.shape) != wanted:
-                raise ValueError(f"{name}: has shape {tuple(tensor.shape)} in the state_dict, must be {wanted} for {self.layout}; "
-                                 "was it saved from a layer of another layout?")
-        if prefix + "log_gain" in own and not self.training_form:
-            raise ValueError("log_gain: the state_dict is of a layer in training form; call rbe_torch.prepare_training(model) before loading it")
-        if not self.training_form or prefix + "gain" not in own:
-            return
-        gain = own.pop(prefix + "gain")
-        if not bool((gain > 0).all()):
-            raise ValueError("gain: has values in the state_dict that are not positive")
-        own[prefix + "log_gain"] = gain.log()
-        if self.amplitude is not None and packed is not None:
-            words = torch.ops.rbe.unpack(packed, **self._options)
-            own[prefix + "amplitude"] = amplitude_of(words)
-
 
 def random_basis(layout: Layout, generator: torch.Generator | None = None) -> Tensor:
     """Normal vectors [M, 256, g] of mean square 1 in every stage, fp16-representable float32."""
-    values = torch.randn(layout.basis_shape, generator=generator, dtype=torch.float32)
+    values = torch.randn(layout.basis_shape, generator=generator, dtype=torch.float32, device="cpu")
     return (values / values.square().mean((1, 2), keepdim=True).sqrt()).half().float()
-
-
-def _warn_encoding(load: list[str]) -> None:
-    global _warned_for
-    if _warned_for is not load:
-        _warned_for = load
-        warnings.warn("the state_dict holds dense weights for RBELinear layers: they are encoded with each layer's current basis, which loses "
-                      "accuracy; rbe_torch.compress fits a basis to the weights", UserWarning, stacklevel=3)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: is {value!r}, must be an int")
-    value = value.__index__()
-    if value < 1:
-        raise ValueError(f"{name}: is {value}, must be at least 1")
-    return value
-
-
-def _seed(value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"seed: is {value!r}, must be an int")
-    if not 0 <= value.__index__() < 2**32:
-        raise ValueError(f"seed: is {value}, must be 0 .. 2^32 - 1")
-    return value.__index__()
-
-
-def _describe(tensor: Any) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-
-
-def _exact_float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor as contiguous float32, refusing a wrong shape or dtype and float64 values that float32 cannot hold."""
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name}: is {tensor.dtype}, must be a floating-point tensor")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, must be {shape}")
-    if tensor.dtype == torch.float32:
-        return tensor if isinstance(tensor, nn.Parameter) and tensor.is_contiguous() else tensor.detach().contiguous()
-    converted = tensor.detach().to(torch.float32).contiguous()
-    if tensor.dtype == torch.float64 and not bool(((converted.double() == tensor) | ~torch.isfinite(tensor)).all()):
-        raise ValueError(f"{name}: is torch.float64 and holds values that float32 cannot; round it first")
-    return converted

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: the JSON text in the header of model.safetensors that says what its tensors are.
+"""The manifest of a checkpoint: the JSON text in the header of model.safetensors that says what its tensors are, and its SHA-256 beside it.
 
     {"version": 1, "layers": {name: {"layout", "in_features", "out_features", "basis", "seed", "dtype", "bias"} or {"same_as": name}},
      "hashes": {tensor: SHA-256}, "aliases": {name: tensor}, "model_class": "package.Class", "model_config": transformers' or null}
@@ -40,7 +40,7 @@ class LayerEntry:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @staticmethod
-    def from_dict(name: str, values: Any) -> "LayerEntry":
+    def from_dict(name: str, values: Any) -> LayerEntry:
         """The checked entry; ValueError names the layer and the value."""
         if not isinstance(values, dict):
             raise ValueError(f"layer {name!r}: is a {type(values).__name__} in the manifest, must be an object")
@@ -89,9 +89,19 @@ class Manifest:
         return json.dumps({"version": VERSION, "layers": self._layers(), "hashes": self.hashes, "aliases": self.aliases,
                            "model_class": self.model_class, "model_config": self.model_config}, sort_keys=True)
 
+    def to_header(self) -> dict[str, str]:
+        """The entries that the header of model.safetensors has for it."""
+        text = self.to_json()
+        return {"rbe": text, "rbe_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
     @staticmethod
-    def from_json(text: str) -> "Manifest":
+    def from_header(header: dict[str, str]) -> Manifest:
         """The checked manifest; ValueError says what is wrong with it."""
+        if "rbe" not in header:
+            raise ValueError("has no 'rbe' entry in its header; it was not written by rbe_torch.save_pretrained")
+        text = header["rbe"]
+        if hashlib.sha256(text.encode()).hexdigest() != header.get("rbe_sha256"):
+            raise ValueError("its header was altered: the SHA-256 of the 'rbe' entry is not the one beside it")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

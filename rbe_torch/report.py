@@ -55,7 +55,7 @@ class Report:
     notes: list[str] = field(default_factory=list)  # warnings that belong to the whole model
     _tables: list[Any] = field(default_factory=list, repr=False)
 
-    def add_converted(self, name: str, layer: "RBELinear", kind: str = "Linear", relative_error: float | None = None,
+    def add_converted(self, name: str, layer: RBELinear, kind: str = "Linear", relative_error: float | None = None,
                       seconds: float | None = None, note: str = "") -> LayerRow:
         """Adds the row of a layer that now is `layer`; its basis is recognised by identity."""
         layout, m, n = layer.layout, layer.out_features, layer.in_features
@@ -65,14 +65,14 @@ class Report:
         self.rows.append(row)
         return row
 
-    def add_skipped(self, name: str, module: "nn.Module", reason: str) -> LayerRow:
+    def add_skipped(self, name: str, module: nn.Module, reason: str) -> LayerRow:
         """Adds the row of a module that was left alone."""
         m, n = weight_shape(module)
         row = LayerRow(name, type(module).__name__, m, n, None, reason)
         self.rows.append(row)
         return row
 
-    def _basis_index(self, layer: "RBELinear") -> int:
+    def _basis_index(self, layer: RBELinear) -> int:
         for index, table in enumerate(self._tables):
             if table is layer.basis:
                 return index
@@ -172,7 +172,7 @@ class Report:
         return "\n".join(lines)
 
 
-def weight_shape(module: "nn.Module") -> tuple[int, int]:
+def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear-like or embedding module; (0, 0) where it has neither."""
     if hasattr(module, "out_features") and hasattr(module, "in_features"):
         return int(module.out_features), int(module.in_features)

@@ -14,7 +14,7 @@ from .linear import RBELinear
 from .replace import features, is_conv1d
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from .reader import Checkpoint
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -36,7 +36,7 @@ def check_layer(name: str, module: nn.Module | None, in_features: int, out_featu
                          f"{in_features} and {out_features} in the checkpoint")
 
 
-def fill_model(model: nn.Module, checkpoint: "Checkpoint") -> nn.Module:
+def fill_model(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """`model` with the checkpoint's weights, in place. ValueError, before anything is changed, where the two do not fit."""
     if "" in checkpoint.layers:
         return _fill_single(model, checkpoint)
@@ -83,7 +83,7 @@ def fill_model(model: nn.Module, checkpoint: "Checkpoint") -> nn.Module:
     return model
 
 
-def _fill_single(model: nn.Module, checkpoint: "Checkpoint") -> nn.Module:
+def _fill_single(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """A checkpoint of one RBELinear without a model around it: `model` must be one already, or there is no place to put it."""
     entry = checkpoint.layers[""]
     check_layer("", model, entry.in_features, entry.out_features)
@@ -100,7 +100,7 @@ def _places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
     return [found for found in places.values() if len(found) > 1]
 
 
-def _share_bases(checkpoint: "Checkpoint", layers: dict[str, RBELinear]) -> None:
+def _share_bases(checkpoint: Checkpoint, layers: dict[str, RBELinear]) -> None:
     """Layers of one basis on one device share one parameter."""
     tables: dict[tuple[int, torch.device], Tensor] = {}
     for name, layer in layers.items():
