@@ -160,6 +160,8 @@ def load_transformers(checkpoint: Checkpoint) -> nn.Module:
         if tensor is None or tensor.shape != checkpoint.shapes[checkpoint.manifest.aliases.get(key, key)][0]:
             raise ValueError(f"{checkpoint.file}: tensor {key!r} has no place in {name}")
         tensor.data = checkpoint.tensor(key).to(tensor.device)
+    for layer_name, entry in checkpoint.layers.items():
+        find_layer(model, layer_name)._dtype = getattr(torch, checkpoint.layers[entry.same_as or layer_name].dtype)
     return model
 
 
