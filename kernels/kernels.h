@@ -29,7 +29,8 @@ typedef struct rbe_code_row {
 
 typedef struct rbe_kernels {
     const char *isa;
-    int64_t width;  // floats in a vector
+    const char *name;  // the ISA with the features that only some of its processors have
+    int64_t width;     // floats in a vector
 
     // Codes q0 .. q0+count-1 of a row -> idx, scale (bit-identical to the reference) and, for rbe16s, signs [count].
     // scale may be NULL for rbe8 and rbe16s, signs for all others.
@@ -84,6 +85,13 @@ typedef struct rbe_kernels {
     void (*add_scaled_i8)(int64_t count, float factor, const int8_t *in, float *out);
     void (*add_lookup)(int64_t count, float factor, const float *table, const uint8_t *in, float *out);  // table [256] of in[e]
 
+    // Dense products on a matrix unit, all NULL where there is none; avx512/gemm_split__avx512amx.c has the formats and the error. An operand is
+    // split into pieces first (rbe_split_size values of 16 bits), then gemm_split computes what gemm does from `pieces` of each, 3 for float32.
+    void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out);
+    void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out);
+    void (*gemm_split)(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces, float *c,
+                       int64_t c_row, bool accumulate);
+
     // 8-bit lookups, both NULL where the ISA has none; avx512/lut8__avx512vbmi.c has the formulas and the trick.
     // P [count][256] of at most 64 codes -> bytes and their factor; false if P is not finite.
     bool (*lut8_quantise)(int64_t count, const float *p, uint8_t *table, float *factor);
@@ -92,6 +100,8 @@ typedef struct rbe_kernels {
     void (*lut8_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
                       const float *factor, float *y, int64_t y_token, const uint8_t *next);
 } rbe_kernels;
+
+static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }
 
 // Every function of every ISA that was built, by name; ops/dispatch.c makes the tables.
 #define RBE_DECLARE_KERNELS(isa)                                                                                                             \
@@ -121,6 +131,10 @@ RBE_DECLARE_KERNELS(avx2)
 RBE_DECLARE_KERNELS(avx512)
 RBE_DECLARE_KERNELS(neon)
 
+void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out);
+void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out);
+void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,
+                               float *c, int64_t c_row, bool accumulate);
 bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor);
 void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
                                const float *factor, float *y, int64_t y_token, const uint8_t *next);

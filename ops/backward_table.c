@@ -33,10 +33,10 @@ static void sort_codes(int64_t begin, int64_t end, void *context) {
     const int64_t m = w->rows, codes = rbe_codes_a_row(w);
     int32_t next[SORTED][RBE_BASIS_VECTORS];
     for (int64_t q0 = begin * SORTED; q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
-        const int64_t some = rbe_min(SORTED, codes - q0);
+        const int64_t some = rbe_min(SORTED, codes - q0), at = q0 / SORTED * s->codes.step, stride = s->codes.row;
         memset(next, 0, sizeof next);
         for (int64_t i = 0; i < m; ++i)
-            for (int64_t q = 0; q < some; ++q) ++next[q][s->codes.idx[i * s->codes.row + q0 + q]];
+            for (int64_t q = 0; q < some; ++q) ++next[q][s->codes.idx[at + i * stride + q]];
         for (int64_t q = 0; q < some; ++q) {
             int32_t *start = s->start + (q0 + q) * (RBE_BASIS_VECTORS + 1), sum = 0;
             for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
@@ -47,8 +47,8 @@ static void sort_codes(int64_t begin, int64_t end, void *context) {
             start[RBE_BASIS_VECTORS] = sum;
         }
         for (int64_t i = 0; i < m; ++i) {
-            const uint8_t *idx = s->codes.idx + i * s->codes.row + q0;
-            const float *scale = s->codes.scale ? s->codes.scale + i * s->codes.row + q0 : NULL;
+            const uint8_t *idx = s->codes.idx + at + i * stride;
+            const float *scale = s->codes.scale ? s->codes.scale + at + i * stride : NULL;
             for (int64_t q = 0; q < some; ++q) {
                 const int64_t place = (q0 + q) * m + next[q][idx[q]]++;
                 s->row[place] = (int32_t)i;
@@ -144,7 +144,7 @@ rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     const int64_t basis = w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.backward = backward, .parts = rbe_min(PARTS, w->groups), .width = 4 * job->kernels->width};
-    const rbe_status status = rbe_unpack_codes(job->kernels, w, job->threads, &s.codes, err);
+    const rbe_status status = rbe_unpack_codes(job->kernels, w, SORTED, job->threads, &s.codes, err);
     s.start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *s.start);
     s.row = rbe_scratch_take(places, sizeof *s.row);
     s.factor = rbe_scratch_take(places, sizeof *s.factor);

@@ -10,7 +10,7 @@
 #include "cpu.h"
 
 #define TABLE(isa_, width_)                                                                                                                  \
-    {.isa = #isa_, .width = width_, .unpack = rbe_unpack__##isa_, .amplitude_gradient = rbe_amplitude_gradient__##isa_,                      \
+    {.isa = #isa_, .name = #isa_, .width = width_, .unpack = rbe_unpack__##isa_, .amplitude_gradient = rbe_amplitude_gradient__##isa_,       \
      .bf16_to_f32 = rbe_bf16_to_f32__##isa_, .f16_to_f32 = rbe_f16_to_f32__##isa_, .f32_to_bf16 = rbe_f32_to_bf16__##isa_,                   \
      .f32_to_f16 = rbe_f32_to_f16__##isa_, .transpose = rbe_transpose__##isa_, .gemm = rbe_gemm__##isa_,                                     \
      .table_rows = rbe_table_rows__##isa_, .table_token = rbe_table_token__##isa_, .table_dot = rbe_table_dot__##isa_,                       \
@@ -24,7 +24,10 @@ static const rbe_kernels avx2 = TABLE(avx2, 8);
 #endif
 #ifdef RBE_HAVE_AVX512
 static const rbe_kernels avx512 = TABLE(avx512, 16);
-static const rbe_kernels avx512vbmi = {.isa = "avx512", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi};
+static const rbe_kernels avx512vbmi = {
+    .isa = "avx512", .name = "avx512vbmi", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi};
+static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
+                                      .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx};
 #endif
 #ifdef RBE_HAVE_NEON
 static const rbe_kernels neon = TABLE(neon, 4);
@@ -44,7 +47,7 @@ static const rbe_kernels *chosen;  // NULL: RBE_ISA is not a name
 static _Atomic(const rbe_kernels *) override;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-// Both tables are arrays of pointers behind `isa` and `width`: entries that own lacks come from below.
+// Behind `width` both tables are arrays of pointers: entries that own lacks come from below.
 static void inherit(rbe_kernels *out, const rbe_kernels *own, const rbe_kernels *below) {
     *out = *own;
     if (!below) return;
@@ -59,6 +62,7 @@ static bool known(const char *name) {
     return !strcmp(name, "scalar") || !strcmp(name, "avx2") || !strcmp(name, "avx512") || !strcmp(name, "neon");
 }
 
+// The best of an ISA.
 static const rbe_kernels *find(const char *isa) {
     for (int i = count; i-- > 0;)
         if (!strcmp(resolved[i].isa, isa)) return &resolved[i];
@@ -79,6 +83,7 @@ static void resolve(void) {
 #ifdef RBE_HAVE_AVX512
         {&avx512, cpu.avx512},
         {&avx512vbmi, cpu.avx512vbmi},
+        {&avx512amx, cpu.avx512amx},
 #endif
     };
     for (size_t i = 0; i < sizeof levels / sizeof *levels; ++i) {
@@ -93,9 +98,11 @@ static void resolve(void) {
         chosen = find(wanted) ? find(wanted) : &resolved[count - 1];
 }
 
-const rbe_kernels *rbe_kernels_of(const char *isa) {
+const rbe_kernels *rbe_kernels_of(const char *name) {
     pthread_once(&once, resolve);
-    return find(isa);
+    for (int i = count; i-- > 0;)
+        if (!strcmp(resolved[i].name, name)) return &resolved[i];
+    return NULL;
 }
 
 void rbe_use_kernels(const rbe_kernels *kernels) { atomic_store(&override, kernels); }

@@ -12,8 +12,8 @@ extern "C" {
 // Refused where RBE_ISA has a value that is not an ISA's name.
 rbe_status rbe_choose_kernels(const rbe_kernels **kernels, rbe_error *err);
 
-// The table of one ISA, or NULL where the build or the host lacks it.
-const rbe_kernels *rbe_kernels_of(const char *isa);
+// The table of that name: an ISA, or avx512vbmi, avx512amx (and those below it); NULL where the build or the host lacks it.
+const rbe_kernels *rbe_kernels_of(const char *name);
 
 // From now on this process uses that table (NULL: the one chosen from the host and RBE_ISA). For tests: not while a product is computed.
 void rbe_use_kernels(const rbe_kernels *kernels);

@@ -13,6 +13,8 @@ typedef struct pass {
     rbe_job *job;
     rbe_codes codes;
     int64_t block;  // groups a block
+    const uint16_t *basis;  // split for the matrix unit [M][rbe_split_size(256, g)], or NULL
+    int pieces;             // of an activation
     // of the tile at hand
     int64_t t0, tokens, width;
     float *x, *p, *y;       // [n][width], [block * M][256][width], [m][width]
@@ -37,10 +39,32 @@ static void fill_table(int64_t begin, int64_t end, void *context) {
     }
 }
 
+// The same on the matrix unit. The split basis has zeros for nothing but whole groups: a last group that n cuts short goes the other way.
+static void fill_table_split(int64_t begin, int64_t end, void *context) {
+    const pass *s = context;
+    const rbe_weight *w = s->job->w;
+    const int64_t g = w->layout.group, stages = w->layout.stages, size = RBE_BASIS_VECTORS * s->width;
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    uint16_t *x = rbe_scratch_take(rbe_split_size(s->width, g), sizeof *x);
+    if (!x) atomic_store(&s->job->failed, true);
+    for (int64_t k = begin; x && k < end; ++k) {
+        const int64_t column = (s->k0 + k) * g;
+        if (w->cols - column < g) {
+            fill_table(k, k + 1, context);
+            continue;
+        }
+        s->job->kernels->split_cols(g, s->width, s->x + column * s->width, s->width, x);
+        for (int64_t m = 0; m < stages; ++m)
+            s->job->kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + m * rbe_split_size(RBE_BASIS_VECTORS, g), 3, x, s->pieces,
+                                        s->p + (k * stages + m) * size, s->width, false);
+    }
+    rbe_scratch_end(mark);
+}
+
 static void sum_rows(int64_t begin, int64_t end, void *context) {
     const pass *s = context;
     const rbe_weight *w = s->job->w;
-    const int64_t at = begin * s->codes.row + s->k0 * w->layout.stages;
+    const int64_t at = s->k0 / s->block * s->codes.step + begin * s->codes.row;
     const float *gain = s->last ? (const float *)w->gain + begin : NULL, *bias = s->job->bias ? s->job->bias + begin : NULL;
     s->job->kernels->table_rows(end - begin, s->groups * w->layout.stages, s->codes.idx + at, s->codes.scale ? s->codes.scale + at : NULL,
                                 s->codes.row, s->p, s->width, s->y + begin * s->width, s->first, gain, bias);
@@ -62,7 +86,7 @@ static bool tile(pass *s, const rbe_parallel *threads) {
         s->groups = rbe_min(s->block, w->groups - k0);
         s->first = k0 == 0;
         s->last = k0 + s->groups == w->groups;
-        rbe_run(threads, s->groups, rbe_share(threads, s->groups, 1), fill_table, s);
+        rbe_run(threads, s->groups, rbe_share(threads, s->groups, 1), s->basis ? fill_table_split : fill_table, s);
         rbe_run(threads, w->rows, rbe_share(threads, w->rows, 32), sum_rows, s);
     }
     rbe_scratch_end(mark);
@@ -91,11 +115,16 @@ rbe_status rbe_linear_table(rbe_job *job, rbe_error *err) {
     const rbe_weight *w = job->w;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.job = job};
-    rbe_status status = rbe_unpack_codes(job->kernels, w, job->threads, &s.codes, err);
+    const int64_t wide = 2 * job->kernels->width, count = (job->x->rows + wide - 1) / wide;
+    const int64_t group_bytes = w->layout.stages * RBE_BASIS_VECTORS * wide * (int64_t)sizeof(float);
+    s.block = rbe_min(w->groups, rbe_max(1, TABLE_BYTES / group_bytes));
+    rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * w->layout.stages, job->threads, &s.codes, err);
+    if (status == RBE_OK && rbe_wants_split(job->kernels, w->layout.group)) {
+        s.basis = rbe_split_basis(job->kernels, w);
+        s.pieces = rbe_pieces(job->x->dtype);
+        if (!s.basis) status = rbe_out_of_memory(err);
+    }
     if (status == RBE_OK) {
-        const int64_t wide = 2 * job->kernels->width, count = (job->x->rows + wide - 1) / wide;
-        const int64_t group_bytes = w->layout.stages * RBE_BASIS_VECTORS * wide * (int64_t)sizeof(float);
-        s.block = rbe_min(w->groups, rbe_max(1, TABLE_BYTES / group_bytes));
         const int shares = rbe_thread_count(job->threads);
         if (shares > 1 && count < 2 * shares) {
             if (!tiles(&s, 0, count, job->threads)) atomic_store(&job->failed, true);

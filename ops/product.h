@@ -36,13 +36,15 @@ static inline int64_t rbe_share(const rbe_parallel *threads, int64_t count, int6
 static inline int64_t rbe_codes_a_row(const rbe_weight *w) { return w->groups * w->layout.stages; }
 rbe_code_row rbe_code_row_at(const rbe_weight *w, int64_t row);
 
-// All codes, unpacked: row i's at idx + i*row, scale + i*row (scale NULL: 1).
+// All codes, unpacked in blocks of `block` codes: code q0 + c of row i, q0 = b * block, lies at idx + b*step + i*row + c. Within a block rows
+// follow each other, so that a kernel that passes over a block reads memory in order. scale NULL: 1.
 typedef struct rbe_codes {
     const uint8_t *idx;
     const float *scale;
-    int64_t row;
+    int64_t row, step;
 } rbe_codes;
-rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads, rbe_codes *out, rbe_error *err);
+rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int64_t block, const rbe_parallel *threads, rbe_codes *out,
+                            rbe_error *err);
 
 // Buffers to decode one row, or a stretch of its groups, of W.
 typedef struct rbe_row_buffers {
@@ -52,6 +54,16 @@ typedef struct rbe_row_buffers {
 bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *out);
 // Columns of groups k0 .. k0+groups-1 of a row, residual included. Leaves the codes' idx, scale and signs in the buffers.
 void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row, int64_t k0, int64_t groups, rbe_row_buffers b, float *out);
+
+// ---- matrix unit (weight.c) -------------------------------------------------------------------------------------------------
+// Whether products of this depth gain by it: tiles are 32 deep.
+static inline bool rbe_wants_split(const rbe_kernels *kernels, int64_t depth) {
+    return kernels->gemm_split && 10 * depth >= 7 * ((depth + 31) / 32 * 32);
+}
+// bfloat16 pieces that hold a value exactly
+static inline int rbe_pieces(rbe_dtype dtype) { return dtype == RBE_BF16 ? 1 : dtype == RBE_F16 ? 2 : 3; }
+// The basis as split rows, [M][rbe_split_size(256, g)] in scratch; NULL when out of memory.
+const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w);
 
 // ---- activations <-> float32 (tiles.c) --------------------------------------------------------------------------------------
 // out[t*out_row + j] = a[t0+t, j0+j]

@@ -23,31 +23,42 @@ static bool has_scale(const rbe_weight *w) { return w->layout.field != RBE_FIELD
 typedef struct unpacking {
     const rbe_kernels *kernels;
     const rbe_weight *w;
+    int64_t block;
     uint8_t *idx;
     float *scale;
 } unpacking;
 
 static void unpack_rows(int64_t begin, int64_t end, void *context) {
     const unpacking *u = context;
-    const int64_t count = rbe_codes_a_row(u->w);
+    const int64_t count = rbe_codes_a_row(u->w), step = u->w->rows * u->block;
     for (int64_t i = begin; i < end; ++i) {
         const rbe_code_row row = rbe_code_row_at(u->w, i);
-        u->kernels->unpack(&row, 0, count, u->idx + i * count, u->scale ? u->scale + i * count : NULL, NULL);
+        for (int64_t q = 0, at = i * u->block; q < count; q += u->block, at += step)
+            u->kernels->unpack(&row, q, rbe_min(u->block, count - q), u->idx + at, u->scale ? u->scale + at : NULL, NULL);
     }
 }
 
-rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads, rbe_codes *out, rbe_error *err) {
-    const int64_t count = rbe_codes_a_row(w);
+rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int64_t block, const rbe_parallel *threads, rbe_codes *out,
+                            rbe_error *err) {
     if (w->packed && w->layout.field == RBE_FIELD_RBE8) {  // a packed row is its idx
-        *out = (rbe_codes){w->packed, NULL, w->packed_stride};
+        *out = (rbe_codes){w->packed, NULL, w->packed_stride, block};
         return RBE_OK;
     }
-    unpacking u = {kernels, w, rbe_scratch_take(w->rows * count, 1), NULL};
-    if (has_scale(w)) u.scale = rbe_scratch_take(w->rows * count, sizeof(float));
+    const int64_t size = (rbe_codes_a_row(w) + block - 1) / block * block * w->rows;
+    unpacking u = {kernels, w, block, rbe_scratch_take(size, 1), NULL};
+    if (has_scale(w)) u.scale = rbe_scratch_take(size, sizeof(float));
     if (!u.idx || (has_scale(w) && !u.scale)) return rbe_out_of_memory(err);
     rbe_run(threads, w->rows, 64, unpack_rows, &u);
-    *out = (rbe_codes){u.idx, u.scale, count};
+    *out = (rbe_codes){u.idx, u.scale, block, w->rows * block};
     return RBE_OK;
+}
+
+const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w) {
+    const int64_t g = w->layout.group, size = rbe_split_size(RBE_BASIS_VECTORS, g);
+    uint16_t *basis = rbe_scratch_take(w->layout.stages * size, sizeof *basis);
+    for (int64_t s = 0; basis && s < w->layout.stages; ++s)
+        kernels->split_rows(RBE_BASIS_VECTORS, g, (const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, basis + s * size);
+    return basis;
 }
 
 bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *out) {

@@ -127,7 +127,7 @@ TEST(Linear, AmplitudesReplaceTheCodesOwn) {
 
 TEST(Linear, NonFiniteStaysInItsTokensRow) {
     std::mt19937 random(7);
-    for (const char *layout : {"rbe22_g16", "rbe8x2_g8", "rbe16s_g8"}) {
+    for (const char *layout : {"rbe22_g16", "rbe22_g36", "rbe8x2_g8", "rbe16s_g8"}) {
         for (const double bad : {(double)NAN, (double)INFINITY, -(double)INFINITY}) {
             Forward f(layout, 40, 72, 5, random, Weight::kPacked);
             f.x.set(3, 41, bad);
@@ -183,7 +183,7 @@ TEST(Linear, SameBitsRunToRunAndForAnyNumberOfThreads) {
 }
 
 TEST(Linear, ByteTablesErrByLittle) {
-    if (!rbe_kernels_of("avx512") || !rbe_kernels_of("avx512")->lut8_rows) GTEST_SKIP() << "no byte lookups on this host";
+    if (!byte_lookups()) GTEST_SKIP() << "no byte lookups on this host";
     std::mt19937 random(10);
     for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe8x4_g16"}) {
         for (int64_t m : {1, 63, 64, 65, 256, 300}) {
@@ -191,7 +191,7 @@ TEST(Linear, ByteTablesErrByLittle) {
                 for (int64_t tokens : {1, 3}) {
                     Forward f(layout, m, n, tokens, random, Weight::kPacked);
                     f.reference();
-                    const Using use("avx512", RBE_PATH_LUT8);
+                    const Using use(byte_lookups(), RBE_PATH_LUT8);
                     f.run(RBE_ACCURACY_FAST);
                     const double size = std::sqrt((double)(n * f.weight.w.layout.stages));  // of a sum of n * M products of unit variance
                     for (int64_t t = 0; t < tokens; ++t)
@@ -204,14 +204,14 @@ TEST(Linear, ByteTablesErrByLittle) {
 }
 
 TEST(Linear, ByteTablesOfZeroAndTinyInputs) {
-    if (!rbe_kernels_of("avx512") || !rbe_kernels_of("avx512")->lut8_rows) GTEST_SKIP() << "no byte lookups on this host";
+    if (!byte_lookups()) GTEST_SKIP() << "no byte lookups on this host";
     std::mt19937 random(11);
     for (double value : {0.0, 1e-42, 1e30}) {
         Forward f("rbe8x2_g8", 70, 64, 1, random, Weight::kPacked);
         for (int64_t j = 0; j < 64; ++j) f.x.set(0, j, value);
         std::fill(f.weight.bias.begin(), f.weight.bias.end(), 0.0f);
         f.reference();
-        const Using use("avx512", RBE_PATH_LUT8);
+        const Using use(byte_lookups(), RBE_PATH_LUT8);
         f.run(RBE_ACCURACY_FAST);
         for (int64_t i = 0; i < 70; ++i)
             ASSERT_LE(std::fabs(f.y.at(0, i) - f.truth.at(0, i)), kByteTableError * 8.0 * 1.5 * f.weight.gain[(size_t)i] * std::max(value, 1e-36));

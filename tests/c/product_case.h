@@ -25,9 +25,13 @@ constexpr double kByteTableError = 0.08;
 
 inline std::vector<std::string> host_isas() {
     std::vector<std::string> names;
-    for (const char *name : {"scalar", "avx2", "avx512", "neon"})
+    for (const char *name : {"scalar", "neon", "avx2", "avx512", "avx512vbmi", "avx512amx"})
         if (rbe_kernels_of(name)) names.push_back(name);
     return names;
+}
+
+inline const char *byte_lookups() {  // the ISA that has them, if the host does
+    return rbe_kernels_of("avx512vbmi") ? "avx512vbmi" : nullptr;
 }
 
 // Uses one ISA, and one path, until it goes out of scope.
