@@ -17,6 +17,8 @@
 extern "C" {
 #endif
 
+enum { RBE_PLACES_AHEAD = 8 };
+
 // The stored codes of one row of a weight.
 typedef struct rbe_code_row {
     rbe_field field;
@@ -71,7 +73,8 @@ typedef struct rbe_kernels {
     void (*dot_rows)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *w, float *out);
 
     // One group and stage, rows sorted by code, a tile of 4 * width tokens. place p holds row[p] with factor[p]; code j has places
-    // start[j] .. start[j+1].  d[p] += dot(dy[row[p]], P[j]);  dp[j] = sum over its places of factor[p] dy[row[p]].
+    // start[j] .. start[j+1].  d[p] += dot(dy[row[p]], P[j]);  dp[j] = sum over its places of factor[p] dy[row[p]].  dp may be p. row has
+    // RBE_PLACES_AHEAD more entries, rows that will be prefetched.
     void (*table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, float *d,
                            float *dp);
 
@@ -89,6 +92,9 @@ typedef struct rbe_kernels {
     // split into pieces first (rbe_split_size values of 16 bits), then gemm_split computes what gemm does from `pieces` of each, 3 for float32.
     void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out);
     void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out);
+    // A thread calls split_begin before its gemm_split calls and split_end after them.
+    void (*split_begin)(void);
+    void (*split_end)(void);
     void (*gemm_split)(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces, float *c,
                        int64_t c_row, bool accumulate);
 
@@ -133,6 +139,8 @@ RBE_DECLARE_KERNELS(neon)
 
 void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out);
 void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out);
+void rbe_split_begin__avx512amx(void);
+void rbe_split_end__avx512amx(void);
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,
                                float *c, int64_t c_row, bool accumulate);
 bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor);

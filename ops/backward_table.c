@@ -3,13 +3,19 @@
 //     P[j]   = x basis[s, j]          D[p]      += dot(dy[row[p]], P[j])         dP[j] = sum over the places p of code j of u[p] dy[row[p]]
 //     dx     = sum over j of dP[j] basis[s, j]                                   dbasis[s, j] += sum over t of dP[j, t] x[t]
 //
+// With a matrix unit dx is made as its transpose, basis[s]^T dP, so that one split of dP by columns and one by rows serve both products.
+//
 // Rows are sorted by code once a call, so P[j] and dP[j] stay in registers while the rows of a code pass. Groups are dealt to a fixed number of
 // parts, each with its own dbasis, added up in order at the end: the result does not depend on the threads.
 #include <string.h>
 
 #include "product.h"
 
-enum { PARTS = 16, SORTED = 16 };  // SORTED: codes of a row sorted together, so that a line of unpacked codes is read once
+enum {
+    PARTS = 16,
+    SORTED = 16,  // codes of a row sorted together, so that a line of unpacked codes is read once
+    STRIP = 32    // rows or columns of dP that are split together
+};
 
 typedef struct pass {
     rbe_backward_job *backward;
@@ -18,13 +24,20 @@ typedef struct pass {
     float *factor, *d;     // [K*M][m]: gain * scale and D of a place
     float *dbasis;         // [parts][M][256][g]
     int64_t parts;
+    const uint16_t *basis, *turned;  // the basis split for P and for dx, or NULL
     // of the tile at hand
     int64_t t0, tokens, width;
     float *x, *dy;                // [n][width], [m][width]
     const float *rows;            // x as rows
-    float *dx;                    // as rows
+    float *dx;                    // as rows, or [n][width] with a matrix unit
     int64_t rows_stride, dx_stride;
 } pass;
+
+// Buffers of a thread for one group.
+typedef struct buffers {
+    float *p;                              // [256][width]: P, then dP in its place
+    uint16_t *x, *rows, *dp_rows, *dp_cols;  // split; of dP a piece at a time
+} buffers;
 
 static void sort_codes(int64_t begin, int64_t end, void *context) {
     const pass *s = context;
@@ -69,45 +82,100 @@ static void load_tiles(int64_t begin, int64_t end, void *context) {
     if (!rbe_is_rows(job->x)) rbe_load_rows(job->kernels, job->x, s->t0, s->tokens, x0, x1 - x0, (float *)s->rows + x0, n);
 }
 
-static void backward_group(const pass *s, int64_t k, float *p, float *dp, float *dbasis) {
+static void fill_table(const pass *s, const buffers *b, int64_t stage, int64_t column, int64_t depth) {
     const rbe_kernels *kernels = s->backward->job.kernels;
+    const rbe_weight *w = s->backward->job.w;
+    const int64_t g = w->layout.group;
+    if (s->basis && depth == g) {  // a last group that n cuts short must not meet what pads the basis
+        if (stage == 0) kernels->split_cols(g, s->width, s->x + column * s->width, s->width, b->x);
+        kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + stage * rbe_split_size(RBE_BASIS_VECTORS, g), 3, b->x,
+                            rbe_pieces(s->backward->job.x->dtype), b->p, s->width, false);
+    } else {
+        kernels->gemm(RBE_BASIS_VECTORS, depth, s->width, (const float *)w->basis + stage * RBE_BASIS_VECTORS * g, g, 1, s->x + column * s->width,
+                      s->width, b->p, s->width, false);
+    }
+}
+
+// dP -> dx and dbasis of the group
+static void spread(const pass *s, const buffers *b, int64_t stage, int64_t column, int64_t depth, float *dbasis) {
+    const rbe_kernels *kernels = s->backward->job.kernels;
+    const rbe_weight *w = s->backward->job.w;
+    const int64_t g = w->layout.group;
+    if (s->dx)
+        kernels->gemm(s->tokens, RBE_BASIS_VECTORS, depth, b->p, 1, s->width, (const float *)w->basis + stage * RBE_BASIS_VECTORS * g, g,
+                      s->dx + column, s->dx_stride, stage > 0);
+    if (dbasis)
+        kernels->gemm(RBE_BASIS_VECTORS, s->tokens, depth, b->p, s->width, 1, s->rows + column, s->rows_stride, dbasis, g, true);
+}
+
+// A strip of dP at a time is split and used while it is in L1: the tile of dy needs L2 for itself.
+static void spread_split(const pass *s, const buffers *b, int64_t stage, int64_t column, int64_t depth, float *dbasis) {
+    const rbe_kernels *kernels = s->backward->job.kernels;
+    const int64_t g = s->backward->job.w->layout.group;
+    const uint16_t *turned = s->turned + stage * rbe_split_size(g, RBE_BASIS_VECTORS);
+    for (int64_t t = 0; s->dx && t < s->width; t += STRIP) {
+        kernels->split_cols(RBE_BASIS_VECTORS, STRIP, b->p + t, s->width, b->dp_cols);
+        kernels->gemm_split(depth, RBE_BASIS_VECTORS, STRIP, turned, 3, b->dp_cols, 3, s->dx + column * s->width + t, s->width, stage > 0);
+    }
+    if (!dbasis) return;
+    if (stage == 0) kernels->split_cols(s->tokens, depth, s->rows + column, s->rows_stride, b->rows);
+    for (int64_t j = 0; j < RBE_BASIS_VECTORS; j += STRIP) {
+        kernels->split_rows(STRIP, s->tokens, b->p + j * s->width, s->width, b->dp_rows);
+        kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, 3, b->rows, rbe_pieces(s->backward->job.x->dtype), dbasis + j * g, g, true);
+    }
+}
+
+static void backward_group(const pass *s, int64_t k, const buffers *b, float *dbasis) {
     const rbe_weight *w = s->backward->job.w;
     const int64_t g = w->layout.group, column = k * g, depth = rbe_min(g, w->cols - column), m = w->rows;
     for (int64_t stage = 0; stage < w->layout.stages; ++stage) {
         const int64_t q = k * w->layout.stages + stage;
-        const float *basis = (const float *)w->basis + stage * RBE_BASIS_VECTORS * g;
-        if (s->backward->d)
-            kernels->gemm(RBE_BASIS_VECTORS, depth, s->width, basis, g, 1, s->x + column * s->width, s->width, p, s->width, false);
-        kernels->table_backward(s->start + q * (RBE_BASIS_VECTORS + 1), s->row + q * m, s->factor + q * m, s->dy, p, s->d + q * m, dp);
-        if (s->dx)
-            kernels->gemm(s->tokens, RBE_BASIS_VECTORS, depth, dp, 1, s->width, basis, g, s->dx + column, s->dx_stride, stage > 0);
-        if (dbasis)
-            kernels->gemm(RBE_BASIS_VECTORS, s->tokens, depth, dp, s->width, 1, s->rows + column, s->rows_stride,
-                          dbasis + stage * RBE_BASIS_VECTORS * g, g, true);
+        if (s->backward->d) fill_table(s, b, stage, column, depth);
+        s->backward->job.kernels->table_backward(s->start + q * (RBE_BASIS_VECTORS + 1), s->row + q * m, s->factor + q * m, s->dy, b->p,
+                                                 s->d + q * m, b->p);
+        (s->turned ? spread_split : spread)(s, b, stage, column, depth, dbasis ? dbasis + stage * RBE_BASIS_VECTORS * g : NULL);
     }
+}
+
+static bool take_buffers(const pass *s, buffers *b) {
+    const int64_t size = RBE_BASIS_VECTORS * s->width, g = s->backward->job.w->layout.group;
+    *b = (buffers){.p = rbe_scratch_take(size, sizeof(float))};
+    if (!b->p) return false;
+    memset(b->p, 0, (size_t)size * sizeof(float));  // stays in use as P, for sums nobody reads, where D is not wanted
+    if (!s->turned) return true;
+    b->x = rbe_scratch_take(rbe_split_size(s->width, g), sizeof(uint16_t));
+    b->rows = rbe_scratch_take(rbe_split_size(g, s->width), sizeof(uint16_t));
+    b->dp_rows = rbe_scratch_take(rbe_split_size(STRIP, s->width), sizeof(uint16_t));
+    b->dp_cols = rbe_scratch_take(rbe_split_size(STRIP, RBE_BASIS_VECTORS), sizeof(uint16_t));
+    return b->x && b->rows && b->dp_rows && b->dp_cols;
 }
 
 static void backward_parts(int64_t begin, int64_t end, void *context) {
     const pass *s = context;
     const rbe_weight *w = s->backward->job.w;
-    const int64_t size = RBE_BASIS_VECTORS * s->width, basis = w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
+    const int64_t basis = w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    float *p = rbe_scratch_take(size, sizeof *p), *dp = rbe_scratch_take(size, sizeof *dp);
-    if (!p || !dp) {
+    buffers b;
+    if (!take_buffers(s, &b)) {
         atomic_store(&s->backward->job.failed, true);
         rbe_scratch_end(mark);
         return;
     }
-    if (!s->backward->d) memset(p, 0, (size_t)size * sizeof *p);
+    if (s->turned) s->backward->job.kernels->split_begin();
     for (int64_t part = begin; part < end; ++part)
         for (int64_t k = w->groups * part / s->parts; k < w->groups * (part + 1) / s->parts; ++k)
-            backward_group(s, k, p, dp, s->dbasis ? s->dbasis + part * basis : NULL);
+            backward_group(s, k, &b, s->dbasis ? s->dbasis + part * basis : NULL);
+    if (s->turned) s->backward->job.kernels->split_end();
     rbe_scratch_end(mark);
 }
 
 static void store_dx(int64_t begin, int64_t end, void *context) {
     const pass *s = context;
     const int64_t n = s->backward->job.w->cols, x0 = n * begin / PARTS, x1 = n * end / PARTS;
+    if (s->turned) {
+        rbe_store_tile(s->backward->job.kernels, s->backward->dx, s->t0, s->tokens, x0, x1 - x0, s->dx + x0 * s->width, s->width);
+        return;
+    }
     rbe_store_rows(s->backward->job.kernels, s->backward->dx, s->t0, s->tokens, x0, x1 - x0, s->dx + x0, n);
 }
 
@@ -146,19 +214,24 @@ rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     pass s = {.backward = backward, .parts = rbe_min(PARTS, w->groups), .width = 4 * job->kernels->width};
     const rbe_status status = rbe_unpack_codes(job->kernels, w, SORTED, job->threads, &s.codes, err);
     s.start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *s.start);
-    s.row = rbe_scratch_take(places, sizeof *s.row);
+    s.row = rbe_scratch_take(places + RBE_PLACES_AHEAD, sizeof *s.row);
     s.factor = rbe_scratch_take(places, sizeof *s.factor);
     s.d = rbe_scratch_take(places, sizeof *s.d);
     s.x = rbe_scratch_take(w->cols * s.width, sizeof *s.x);
     s.dy = rbe_scratch_take(w->rows * s.width, sizeof *s.dy);
     if (backward->dbasis) s.dbasis = rbe_scratch_take(s.parts * basis, sizeof *s.dbasis);
     float *rows = rbe_is_rows(job->x) ? NULL : rbe_scratch_take(s.width * w->cols, sizeof *rows);
-    float *dx = !backward->dx || rbe_is_rows(backward->dx) ? NULL : rbe_scratch_take(s.width * w->cols, sizeof *dx);
+    const bool split = rbe_wants_split(job->kernels, w->layout.group, 16), copied = backward->dx && (split || !rbe_is_rows(backward->dx));
+    float *dx = copied ? rbe_scratch_take(s.width * w->cols, sizeof *dx) : NULL;
+    if (split) s.turned = rbe_split_basis_turned(job->kernels, w);
+    const bool tables = rbe_wants_split(job->kernels, w->layout.group, 32);
+    if (tables) s.basis = rbe_split_basis(job->kernels, w);
     const bool room = s.start && s.row && s.factor && s.d && s.x && s.dy && (s.dbasis || !backward->dbasis) && (rows || rbe_is_rows(job->x)) &&
-                      (dx || !backward->dx || rbe_is_rows(backward->dx));
+                      (dx || !copied) && (s.turned || !split) && (s.basis || !tables);
     if (status == RBE_OK && room) {
         rbe_run(job->threads, blocks, 1, sort_codes, &s);
         memset(s.d, 0, (size_t)places * sizeof *s.d);
+        memset(s.row + places, 0, RBE_PLACES_AHEAD * sizeof *s.row);
         if (s.dbasis) memset(s.dbasis, 0, (size_t)(s.parts * basis) * sizeof *s.dbasis);
         run_tiles(&s, rows, dx);
         if (backward->d) rbe_run(job->threads, blocks, 1, unsort, &s);

@@ -27,7 +27,8 @@ static const rbe_kernels avx512 = TABLE(avx512, 16);
 static const rbe_kernels avx512vbmi = {
     .isa = "avx512", .name = "avx512vbmi", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi};
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
-                                      .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx};
+                                      .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
+                                      .split_begin = rbe_split_begin__avx512amx, .split_end = rbe_split_end__avx512amx};
 #endif
 #ifdef RBE_HAVE_NEON
 static const rbe_kernels neon = TABLE(neon, 4);

@@ -47,6 +47,7 @@ static void fill_table_split(int64_t begin, int64_t end, void *context) {
     const rbe_scratch_mark mark = rbe_scratch_begin();
     uint16_t *x = rbe_scratch_take(rbe_split_size(s->width, g), sizeof *x);
     if (!x) atomic_store(&s->job->failed, true);
+    s->job->kernels->split_begin();
     for (int64_t k = begin; x && k < end; ++k) {
         const int64_t column = (s->k0 + k) * g;
         if (w->cols - column < g) {
@@ -58,6 +59,7 @@ static void fill_table_split(int64_t begin, int64_t end, void *context) {
             s->job->kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + m * rbe_split_size(RBE_BASIS_VECTORS, g), 3, x, s->pieces,
                                         s->p + (k * stages + m) * size, s->width, false);
     }
+    s->job->kernels->split_end();
     rbe_scratch_end(mark);
 }
 
@@ -119,7 +121,7 @@ rbe_status rbe_linear_table(rbe_job *job, rbe_error *err) {
     const int64_t group_bytes = w->layout.stages * RBE_BASIS_VECTORS * wide * (int64_t)sizeof(float);
     s.block = rbe_min(w->groups, rbe_max(1, TABLE_BYTES / group_bytes));
     rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * w->layout.stages, job->threads, &s.codes, err);
-    if (status == RBE_OK && rbe_wants_split(job->kernels, w->layout.group)) {
+    if (status == RBE_OK && rbe_wants_split(job->kernels, w->layout.group, 32)) {
         s.basis = rbe_split_basis(job->kernels, w);
         s.pieces = rbe_pieces(job->x->dtype);
         if (!s.basis) status = rbe_out_of_memory(err);

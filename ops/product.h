@@ -56,14 +56,15 @@ bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *
 void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row, int64_t k0, int64_t groups, rbe_row_buffers b, float *out);
 
 // ---- matrix unit (weight.c) -------------------------------------------------------------------------------------------------
-// Whether products of this depth gain by it: tiles are 32 deep.
-static inline bool rbe_wants_split(const rbe_kernels *kernels, int64_t depth) {
-    return kernels->gemm_split && 10 * depth >= 7 * ((depth + 31) / 32 * 32);
+// Whether a product gains by it: its depth comes in units of 32, rows and columns in units of 16, and what is padded is lost.
+static inline bool rbe_wants_split(const rbe_kernels *kernels, int64_t size, int64_t unit) {
+    return kernels->gemm_split && 2 * size >= (size + unit - 1) / unit * unit;
 }
 // bfloat16 pieces that hold a value exactly
 static inline int rbe_pieces(rbe_dtype dtype) { return dtype == RBE_BF16 ? 1 : dtype == RBE_F16 ? 2 : 3; }
-// The basis as split rows, [M][rbe_split_size(256, g)] in scratch; NULL when out of memory.
+// The basis as split rows, [M][rbe_split_size(256, g)] in scratch, or turned: [M][rbe_split_size(g, 256)]; NULL when out of memory.
 const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w);
+const uint16_t *rbe_split_basis_turned(const rbe_kernels *kernels, const rbe_weight *w);
 
 // ---- activations <-> float32 (tiles.c) --------------------------------------------------------------------------------------
 // out[t*out_row + j] = a[t0+t, j0+j]

@@ -61,6 +61,20 @@ const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w)
     return basis;
 }
 
+const uint16_t *rbe_split_basis_turned(const rbe_kernels *kernels, const rbe_weight *w) {
+    const int64_t g = w->layout.group, size = rbe_split_size(g, RBE_BASIS_VECTORS);
+    uint16_t *basis = rbe_scratch_take(w->layout.stages * size, sizeof *basis);
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    float *turned = rbe_scratch_take(g * RBE_BASIS_VECTORS, sizeof *turned);
+    for (int64_t s = 0; basis && turned && s < w->layout.stages; ++s) {
+        kernels->transpose((const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, RBE_BASIS_VECTORS, g, turned, RBE_BASIS_VECTORS,
+                           RBE_BASIS_VECTORS);
+        kernels->split_rows(g, RBE_BASIS_VECTORS, turned, RBE_BASIS_VECTORS, basis + s * size);
+    }
+    rbe_scratch_end(mark);
+    return turned ? basis : NULL;
+}
+
 bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *out) {
     const int64_t count = groups * w->layout.stages;
     *out = (rbe_row_buffers){rbe_scratch_take(count, 1), NULL, NULL};

@@ -21,6 +21,9 @@ void RBE_KERNEL(table_backward)(const int32_t *start, const int32_t *row, const 
         for (int32_t place = start[j]; place < start[j + 1]; ++place) {
             const float *line = dy + (int64_t)row[place] * TILE;
             const vf f = v_set1(factor[place]);
+            const char *soon = (const char *)(dy + (int64_t)row[place + RBE_PLACES_AHEAD] * TILE);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(soon + v * 64);
             vf dot = v_zero();
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) {
