@@ -17,7 +17,7 @@ import rbe_torch
 from rbe_torch import RBELinear
 
 transformers = pytest.importorskip("transformers", minversion="5")
-import rbe_torch.hf  # noqa: E402
+import rbe_torch.hf
 
 TOKENS = torch.arange(10)[None]
 
