@@ -13,7 +13,7 @@ from .codebook import cannot_encode, fit_basis, round_count
 from .layout import Layout
 from .linear import RBELinear
 from .progress import Progress
-from .replace import Found, Patterns, dense_weight, find_linears, replace, stored_bytes
+from .replace import Found, Patterns, dense_weight, find_linears, note_for_transformers, replace, stored_bytes
 from .report import Report
 
 __all__ = ["compress", "fit_basis"]
@@ -84,6 +84,7 @@ def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patt
         else:
             report.add_skipped(entry.name, entry.module, entry.reason)
     report.other_bytes = stored_bytes(model)
+    note_for_transformers(model, True)
     _warn_hopeless(layout, report)
     report.seconds = time.monotonic() - start
     return report

@@ -102,7 +102,7 @@ class Layout:
 
     def sparse_columns(self, n: int) -> int:
         """Entries that a sparse residual keeps in each row."""
-        return max(1, int(self.fraction * n + 0.5)) if self.fraction else 0
+        return max(1, round(self.fraction * n)) if self.fraction else 0
 
     def residual_shapes(self, m: int, n: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, torch dtype name) of the tensors that hold the residual; empty without one."""

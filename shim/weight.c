@@ -1,6 +1,7 @@
 // Checks an operator's weight arguments against each other and against the layout, naming the one that does not fit.
 #include "weight.h"
 
+#include <math.h>
 #include <stdio.h>
 
 rbe_status rbe_bind_layout(rbe_call *call, int at, rbe_weight *out, int64_t *in_features) {
@@ -107,7 +108,7 @@ static rbe_status bind_residual_part(rbe_call *call, int position, const char *n
 static rbe_status bind_residual(rbe_call *call, int at, rbe_weight *out) {
     const rbe_layout *l = &out->layout;
     int64_t m = out->rows, n = out->cols, r = l->rank;
-    int64_t kept = (int64_t)(l->fraction * (double)n + 0.5);
+    int64_t kept = (int64_t)rint(l->fraction * (double)n);  // halves to even, as in ops and in Python
     if (kept < 1) kept = 1;
     int32_t i8 = torch.aoti_torch_dtype_int8(), f8 = torch.aoti_torch_dtype_float8_e4m3fn(), f32 = torch.aoti_torch_dtype_float32();
     int32_t f16 = torch.aoti_torch_dtype_float16(), i32 = torch.aoti_torch_dtype_int32();

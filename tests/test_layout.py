@@ -100,6 +100,15 @@ def test_bytes_are_those_of_the_tensors(text: str, m: int, n: int) -> None:
     assert layout.bits_per_weight(m, n, basis_shared_by=4) == pytest.approx(8 * (taken + lin.basis.numel() / 2) / (m * n))
 
 
+@pytest.mark.parametrize("n, kept", [(1, 1), (30, 2), (49, 2), (50, 2), (51, 3), (70, 4)])
+def test_a_sparse_residual_keeps_as_many_entries_here_and_in_c(n: int, kept: int) -> None:
+    """Halves (0.05 * 30, 50 and 70) go to even."""
+    lin = rbe_torch.RBELinear(n, 3, layout="rbe8_g8+sp0.05")
+    assert lin.residual_right.shape == (3, kept)
+    lin.residual.fill_(8.0)
+    assert int((lin.weight.abs() > 4).sum()) == 3 * kept
+
+
 def test_codes_of_a_large_layer_cost_bits_times_stages_over_group() -> None:
     exact = 22 / 128
     assert Layout.parse("rbe22_g128").bits_per_weight(2**20, 2**20) == pytest.approx(exact, rel=1e-3)
