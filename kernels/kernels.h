@@ -102,9 +102,9 @@ typedef struct rbe_kernels {
     // P [count][256] of at most 64 codes -> bytes and their factor; false if P is not finite.
     bool (*lut8_quantise)(int64_t count, const float *p, uint8_t *table, float *factor);
     // y[t*y_token + i] += sum over q of the byte lookups; y has room for rows rounded up to 64. idx rows are idx_row apart; table is
-    // [tokens][count][256], factor [tokens][ceil(count/64)]. Memory from `next` on will be needed soon (any address will do).
+    // [tokens][count][256], factor [tokens][ceil(count/64)].
     void (*lut8_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
-                      const float *factor, float *y, int64_t y_token, const uint8_t *next);
+                      const float *factor, float *y, int64_t y_token);
 } rbe_kernels;
 
 static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }
@@ -145,7 +145,7 @@ void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const 
                                float *c, int64_t c_row, bool accumulate);
 bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor);
 void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
-                               const float *factor, float *y, int64_t y_token, const uint8_t *next);
+                               const float *factor, float *y, int64_t y_token);
 
 #ifdef __cplusplus
 }

@@ -6,7 +6,7 @@
 
 enum {
     BLOCK = 64,   // codes that share a factor
-    ROWS = 256,   // rows that pass over a block's tables while these are in L1
+    ROWS = 128,   // rows a token that pass over a block's tables before the next block: more tokens have more tables to bring in
 };
 
 typedef struct pass {
@@ -40,19 +40,19 @@ static void fill_tables(int64_t begin, int64_t end, void *context) {
 static void sum_rows(int64_t begin, int64_t end, void *context) {
     pass *s = context;
     const rbe_weight *w = s->job->w;
-    const int64_t tokens = s->job->x->rows, codes = rbe_codes_a_row(w);
+    const int64_t tokens = s->job->x->rows, codes = rbe_codes_a_row(w), pass_rows = rbe_min(ROWS * tokens, (end - begin + 63) / 64 * 64);
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    float *y = rbe_scratch_take(tokens * ROWS, sizeof *y);
+    float *y = rbe_scratch_take(tokens * pass_rows, sizeof *y);
     if (!y) atomic_store(&s->job->failed, true);
-    for (int64_t i0 = begin; y && i0 < end; i0 += ROWS) {
-        const int64_t rows = rbe_min(ROWS, end - i0);
+    for (int64_t i0 = begin; y && i0 < end; i0 += pass_rows) {
+        const int64_t rows = rbe_min(pass_rows, end - i0);
         const uint8_t *idx = w->packed + i0 * w->packed_stride;
-        for (int64_t i = 0; i < tokens * ROWS; ++i) y[i] = 0.0f;
-        s->job->kernels->lut8_rows(rows, codes, idx, w->packed_stride, tokens, s->table, s->factor, y, ROWS, idx + rows * w->packed_stride);
+        for (int64_t i = 0; i < tokens * pass_rows; ++i) y[i] = 0.0f;
+        s->job->kernels->lut8_rows(rows, codes, idx, w->packed_stride, tokens, s->table, s->factor, y, pass_rows);
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t i = 0; i < rows; ++i)
-                y[t * ROWS + i] = y[t * ROWS + i] * ((const float *)w->gain)[i0 + i] + (s->job->bias ? s->job->bias[i0 + i] : 0.0f);
-        rbe_store_rows(s->job->kernels, s->job->y, 0, tokens, i0, rows, y, ROWS);
+                y[t * pass_rows + i] = y[t * pass_rows + i] * ((const float *)w->gain)[i0 + i] + (s->job->bias ? s->job->bias[i0 + i] : 0.0f);
+        rbe_store_rows(s->job->kernels, s->job->y, 0, tokens, i0, rows, y, pass_rows);
     }
     rbe_scratch_end(mark);
 }

@@ -38,22 +38,25 @@ bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table
     return true;
 }
 
-static inline __m512i four_rows(const uint8_t *idx, int64_t row, int64_t rows, int64_t stride) {
-    const uint8_t *lane[4];
-    for (int64_t l = 0; l < 4; ++l) {  // rows that do not exist read the last one: nobody looks at their sums
-        const int64_t r = row + 16 * l;
-        lane[l] = idx + (r < rows ? r : rows - 1) * stride;
-    }
-    __m512i z = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)lane[0]));
-    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i *)(const void *)lane[1]), 1);
-    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i *)(const void *)lane[2]), 2);
-    return _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i *)(const void *)lane[3]), 3);
+// 64 rows x 64 codes, copied together: rows are often a power of two apart, where L1 would lose lines before their other bytes are read.
+static inline void copy_square(const uint8_t *idx, int64_t rows, int64_t stride, int64_t count, __m512i *square) {
+    const __mmask64 mask = count >= SQUARE ? ~0ull : (1ull << count) - 1;
+    for (int64_t r = 0; r < SQUARE; ++r)  // rows that do not exist read the last one: nobody looks at their sums
+        _mm512_store_si512(square + r, _mm512_maskz_loadu_epi8(mask, idx + (r < rows ? r : rows - 1) * stride));
 }
 
-static inline void turn16(const uint8_t *idx, int64_t rows, int64_t stride, __m512i *column) {
+static inline __m512i four_rows(const uint8_t *square) {
+    __m512i z = _mm512_castsi128_si512(_mm_load_si128((const __m128i *)(const void *)square));
+    z = _mm512_inserti32x4(z, _mm_load_si128((const __m128i *)(const void *)(square + 16 * SQUARE)), 1);
+    z = _mm512_inserti32x4(z, _mm_load_si128((const __m128i *)(const void *)(square + 32 * SQUARE)), 2);
+    return _mm512_inserti32x4(z, _mm_load_si128((const __m128i *)(const void *)(square + 48 * SQUARE)), 3);
+}
+
+// 16 columns of a square
+static inline void turn16(const uint8_t *square, __m512i *column) {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) a[r] = four_rows(idx, r, rows, stride);
+    for (int r = 0; r < 16; ++r) a[r] = four_rows(square + r * SQUARE);
 #pragma GCC unroll 2
     for (int round = 0; round < 2; ++round) {
 #pragma GCC unroll 8
@@ -71,22 +74,14 @@ static inline void turn16(const uint8_t *idx, int64_t rows, int64_t stride, __m5
     for (int r = 0; r < 16; ++r) _mm512_store_si512(column + r, a[r]);
 }
 
-// A square at the right edge: bytes past the row are not read.
-static void turn_edge(const uint8_t *idx, int64_t rows, int64_t stride, int64_t count, __m512i *column) {
-    uint8_t square[SQUARE * SQUARE] = {0};
-    for (int64_t r = 0; r < rows && r < SQUARE; ++r)
-        for (int64_t q = 0; q < count; ++q) square[r * SQUARE + q] = idx[r * stride + q];
-    for (int c = 0; c < SQUARE; c += 16) turn16(square + c, SQUARE, SQUARE, column + c);
-}
-
 static inline void add16(float *y, __m512i sums, int half, __m512 factor, __m512i zero_point) {
     const __m256i part = half ? _mm512_extracti64x4_epi64(sums, 1) : _mm512_castsi512_si256(sums);
     const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu16_epi32(part), zero_point));
     _mm512_storeu_ps(y, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(y)));
 }
 
-// 64 rows, `count` codes, one token.
-static inline void look_up(int64_t count, const __m512i *column, const uint8_t *table, float factor, float *y, const uint8_t *ahead) {
+// 64 rows, `count` codes, one token. Asks for a line of codes, from `ahead` on, at every step.
+static inline void look_up(int64_t count, const __m512i *column, const uint8_t *table, float factor, float *y, uintptr_t ahead, int64_t stride) {
     __m512i all = _mm512_setzero_si512(), odd = all;
     for (int64_t q = 0; q < count; ++q, table += RBE_BASIS_VECTORS) {
         const __m512i code = column[q];
@@ -95,7 +90,7 @@ static inline void look_up(int64_t count, const __m512i *column, const uint8_t *
         const __m512i value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, up);
         all = _mm512_add_epi16(all, value);
         odd = _mm512_add_epi16(odd, _mm512_srli_epi16(value, 8));
-        _mm_prefetch((const char *)ahead + q * SQUARE, _MM_HINT_T1);
+        _mm_prefetch((const char *)(ahead + (uintptr_t)(q * stride)), _MM_HINT_T1);
     }
     const __m512i even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
     // rows 0, 2, .. in even, 1, 3, .. in odd: interleave within lanes, then put the lanes in order
@@ -111,20 +106,19 @@ static inline void look_up(int64_t count, const __m512i *column, const uint8_t *
 }
 
 void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
-                               const float *factor, float *y, int64_t y_token, const uint8_t *next) {
+                               const float *factor, float *y, int64_t y_token) {
     const int64_t blocks = (count + SQUARE - 1) / SQUARE;
-    __m512i column[SQUARE];
+    __m512i square[SQUARE], column[SQUARE];
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t q0 = b * SQUARE, some = count - q0 < SQUARE ? count - q0 : SQUARE;
-        for (int64_t i = 0; i < rows; i += SQUARE, next += SQUARE * SQUARE) {
-            const uint8_t *square = idx + i * idx_row + q0;
-            if (some == SQUARE) {
-                for (int c = 0; c < SQUARE; c += 16) turn16(square + c, rows - i, idx_row, column + c);
-            } else {
-                turn_edge(square, rows - i, idx_row, some, column);
-            }
+        for (int64_t i = 0; i < rows; i += SQUARE) {
+            copy_square(idx + i * idx_row + q0, rows - i, idx_row, some, square);
+            for (int c = 0; c < SQUARE; c += 16) turn16((const uint8_t *)square + c, column + c);
+            // two squares on, or the first ones of the rows that come next; an integer, for it may lie outside the codes
+            const int64_t on = b + 2 < blocks ? i * idx_row + q0 + 2 * SQUARE : (i + rows) * idx_row + (b + 2 - blocks) * SQUARE;
             for (int64_t t = 0; t < tokens; ++t)
-                look_up(some, column, table + (t * count + q0) * RBE_BASIS_VECTORS, factor[t * blocks + b], y + t * y_token + i, next);
+                look_up(some, column, table + (t * count + q0) * RBE_BASIS_VECTORS, factor[t * blocks + b], y + t * y_token + i,
+                        (uintptr_t)idx + (uintptr_t)on, idx_row);
         }
     }
 }
