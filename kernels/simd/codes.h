@@ -26,6 +26,9 @@ V_INLINE vi stored_codes(const rbe_code_row *row, int64_t q, int bits) {
         }
         return vi_load(lane);
     }
+#ifdef V_HAS_FIELDS
+    if ((q * bits & 7) == 0) return vi_load_fields(row->packed + q * bits / 8, bytes - q * bits / 8, bits);
+#endif
     // The last codes are read from the row's last 4 bytes and shifted further, so that nothing behind the row is touched.
     const vi bit = vi_add(vi_set1((int32_t)(q * bits)), vi_mul(vi_iota(), vi_set1(bits)));
     const vi byte = vi_min(vi_shr(bit, 3), vi_set1((int32_t)(bytes - 4)));

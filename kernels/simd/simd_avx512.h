@@ -48,6 +48,16 @@ V_INLINE vi vi_shl(vi a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n
 V_INLINE vi vi_shrv(vi a, vi n) { return _mm512_srlv_epi32(a, n); }
 V_INLINE vi vi_gather(const void *p, vi offset) { return _mm512_i32gather_epi32(offset, p, 1); }
 
+// 16 bit fields of `bits` bits, least significant first, from the first of `bytes` bytes: two dwords a field, shifted together
+#define V_HAS_FIELDS
+V_INLINE vi vi_load_fields(const uint8_t *p, int64_t bytes, int bits) {
+    const vi raw = _mm512_maskz_loadu_epi8(bytes >= 64 ? ~0ull : (1ull << bytes) - 1, p);
+    const vi bit = vi_mul(vi_iota(), vi_set1(bits)), at = vi_shr(bit, 5), shift = vi_and(bit, vi_set1(31));
+    const vi low = _mm512_srlv_epi32(_mm512_permutexvar_epi32(at, raw), shift);
+    const vi high = _mm512_sllv_epi32(_mm512_permutexvar_epi32(vi_add(at, vi_set1(1)), raw), vi_sub(vi_set1(32), shift));
+    return bits == 32 ? low : vi_and(vi_or(low, high), vi_set1((int32_t)((1u << (bits & 31)) - 1u)));
+}
+
 V_INLINE vf v_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16));
 }
