@@ -4,24 +4,57 @@
 #include "../kernels.h"
 #include "simd.h"
 
-// +-1 flips of elements e .. e + V_WIDTH - 1 of an 8-element vector: bit t of signs to lane t
-V_INLINE vf flip(vf x, uint8_t signs, int64_t e) {
+// Negates lane t where bit e + t of signs is set.
+V_INLINE vf flip(vf x, uint16_t signs, int64_t e) {
     const vi bit = vi_shrv(vi_set1(signs), vi_min(vi_add(vi_iota(), vi_set1((int32_t)e)), vi_set1(31)));
     return v_of_bits(vi_xor(v_bits(x), vi_shl(bit, 31)));
 }
 
+// Two groups of half a vector, or whole vectors of a group: no masks. Returns the columns done.
+V_INLINE int64_t decode_halves(bool scaled, bool flipped, int64_t stages, int64_t cols, const float *basis, const uint8_t *idx,
+                               const float *scale, const uint8_t *signs, float gain, float *out) {
+    enum { HALF = V_WIDTH / 2 };
+    int64_t first = 0;
+    for (; first + V_WIDTH <= cols; first += V_WIDTH, idx += 2 * stages) {
+        vf sum = v_zero();
+        for (int64_t s = 0; s < stages; ++s) {
+            const float *table = basis + s * RBE_BASIS_VECTORS * HALF;
+            vf value = v_load_halves(table + idx[s] * HALF, table + idx[stages + s] * HALF);
+            if (flipped) value = flip(value, (uint16_t)(signs[s] | signs[stages + s] << 8), 0);
+            sum = scaled ? v_fma(v_set_halves(scale[s], scale[stages + s]), value, sum) : v_add(value, sum);
+        }
+        v_store(out + first, v_mul(sum, v_set1(gain)));
+        if (scaled) scale += 2 * stages;
+        if (flipped) signs += 2 * stages;
+    }
+    return first;
+}
+
 V_INLINE void decode_as(bool scaled, bool flipped, int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx,
                         const float *scale, const uint8_t *signs, float gain, float *out) {
-    for (int64_t first = 0; first < cols; first += g, idx += stages) {
+    int64_t first = 0;
+    if (V_WIDTH >= 4 && g == V_WIDTH / 2 && (!flipped || V_WIDTH == 16)) {
+        first = decode_halves(scaled, flipped, stages, cols, basis, idx, scale, signs, gain, out);
+        idx += first / g * stages;
+        if (scaled) scale += first / g * stages;
+        if (flipped) signs += first / g * stages;
+    }
+    for (; first < cols; first += g, idx += stages) {
         const int64_t width = cols - first < g ? cols - first : g;
         for (int64_t e = 0; e < width; e += V_WIDTH) {
+            const bool full = e + V_WIDTH <= width;
             vf sum = v_zero();
             for (int64_t s = 0; s < stages; ++s) {
-                vf value = v_load_n(basis + (s * RBE_BASIS_VECTORS + idx[s]) * g + e, width - e);
+                const float *vector = basis + (s * RBE_BASIS_VECTORS + idx[s]) * g + e;
+                vf value = full ? v_load(vector) : v_load_n(vector, width - e);
                 if (flipped) value = flip(value, signs[s], e);
                 sum = scaled ? v_fma(v_set1(scale[s]), value, sum) : v_add(value, sum);
             }
-            v_store_n(out + first + e, v_mul(sum, v_set1(gain)), width - e);
+            sum = v_mul(sum, v_set1(gain));
+            if (full)
+                v_store(out + first + e, sum);
+            else
+                v_store_n(out + first + e, sum, width - e);
         }
         if (scaled) scale += stages;
         if (flipped) signs += stages;

@@ -27,6 +27,11 @@ V_INLINE float v_sum(vf x) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+// half a vector from each place
+V_INLINE vf v_load_halves(const float *low, const float *high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+}
+V_INLINE vf v_set_halves(float low, float high) { return _mm256_insertf128_ps(_mm256_set1_ps(low), _mm_set1_ps(high), 1); }
 V_INLINE vf v_gather(const float *p, vi index) { return _mm256_i32gather_ps(p, index, 4); }
 V_INLINE vf v_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
 V_INLINE vi v_to_int(vf x) { return _mm256_cvttps_epi32(x); }  // truncates

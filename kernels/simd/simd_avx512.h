@@ -21,6 +21,11 @@ V_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 V_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 V_INLINE float v_sum(vf x) { return _mm512_reduce_add_ps(x); }
+// half a vector from each place
+V_INLINE vf v_load_halves(const float *low, const float *high) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
+V_INLINE vf v_set_halves(float low, float high) { return _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1); }
 V_INLINE vf v_gather(const float *p, vi index) { return _mm512_i32gather_ps(index, p, 4); }
 V_INLINE vf v_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 V_INLINE vi v_to_int(vf x) { return _mm512_cvttps_epi32(x); }  // truncates

@@ -28,6 +28,9 @@ V_INLINE vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
 V_INLINE vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 V_INLINE float v_sum(vf x) { return vaddvq_f32(x); }
+// half a vector from each place
+V_INLINE vf v_load_halves(const float *low, const float *high) { return vcombine_f32(vld1_f32(low), vld1_f32(high)); }
+V_INLINE vf v_set_halves(float low, float high) { return vcombine_f32(vdup_n_f32(low), vdup_n_f32(high)); }
 V_INLINE vf v_gather(const float *p, vi index) {
     const float lane[4] = {p[vgetq_lane_s32(index, 0)], p[vgetq_lane_s32(index, 1)], p[vgetq_lane_s32(index, 2)],
                            p[vgetq_lane_s32(index, 3)]};

@@ -19,6 +19,15 @@ V_INLINE vf v_add(vf a, vf b) { return a + b; }
 V_INLINE vf v_sub(vf a, vf b) { return a - b; }
 V_INLINE vf v_mul(vf a, vf b) { return a * b; }
 V_INLINE float v_sum(vf x) { return x; }
+// half a vector from each place: there is no half of one
+V_INLINE vf v_load_halves(const float *low, const float *high) {
+    (void)high;
+    return *low;
+}
+V_INLINE vf v_set_halves(float low, float high) {
+    (void)high;
+    return low;
+}
 V_INLINE vf v_gather(const float *p, vi index) { return p[index]; }
 V_INLINE vf v_from_int(vi x) { return (float)x; }
 V_INLINE vi v_to_int(vf x) { return x == x ? (int32_t)x : INT32_MIN; }  // truncates
