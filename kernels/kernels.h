@@ -79,8 +79,8 @@ typedef struct rbe_kernels {
                            float *dp);
 
     // The transpose of decode_row for one row of dW (`cols` columns): d[q] += sum over e of dw[e] (+-) basis[s, idx, e];
-    // dbasis[s, idx, e] += gain * scale * (+-) dw[e]. d or dbasis may be NULL.
-    void (*scatter_row)(int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx, const float *scale,
+    // dbasis[s, idx, e] += gain * scale * (+-) dw[e]. d or dbasis may be NULL. Returns the sum over q of scale * (what was added to d[q]).
+    float (*scatter_row)(int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx, const float *scale,
                         const uint8_t *signs, float gain, const float *dw, float *d, float *dbasis);
 
     // out[e] += factor * in[e]
@@ -126,7 +126,7 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     void rbe_decode_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float, float *);   \
     void rbe_dot_rows__##isa(int64_t, int64_t, const float *, int64_t, const float *, float *);                                              \
     void rbe_table_backward__##isa(const int32_t *, const int32_t *, const float *, const float *, const float *, float *, float *);         \
-    void rbe_scatter_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float,            \
+    float rbe_scatter_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float,            \
                                 const float *, float *, float *);                                                                            \
     void rbe_add_scaled__##isa(int64_t, float, const float *, float *);                                                                      \
     void rbe_add_scaled_i8__##isa(int64_t, float, const int8_t *, float *);                                                                  \

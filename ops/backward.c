@@ -41,7 +41,7 @@ static void finish_rows(int64_t begin, int64_t end, void *context) {
     for (int64_t i = begin; i < end; ++i) {
         const rbe_code_row row = rbe_code_row_at(w, i);
         const float *d = f->backward->d + i * codes, gain = ((const float *)w->gain)[i];
-        if (f->out->gain) {
+        if (f->out->gain && !f->backward->gain) {
             float sum = 0.0f;
             if (b.scale) {
                 job->kernels->unpack(&row, 0, codes, b.idx, b.scale, b.signs);
@@ -85,7 +85,8 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
         rbe_reference_linear_backward(w, dy, x, out);
         return RBE_OK;
     }
-    const bool wants_d = out->gain || out->scale || out->amplitude;
+    const bool by_table = rbe_plan_backward(kernels, &w->layout, w->rows, w->cols, x->rows) == RBE_PATH_TABLE;
+    const bool wants_d = out->scale || out->amplitude || (out->gain && by_table);  // decoded, dgain needs no D of each code
     const int64_t places = w->rows * rbe_codes_a_row(w), basis = w->layout.stages * (int64_t)RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     rbe_backward_job backward = {.job = {.kernels = kernels, .w = w, .x = x, .y = dy, .threads = threads}, .dx = out->dx, .dbasis = out->basis};
@@ -93,9 +94,9 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
     if (status == RBE_OK) {
         if (backward.d) memset(backward.d, 0, (size_t)places * sizeof(float));
         if (backward.dbasis) memset(backward.dbasis, 0, (size_t)basis * sizeof(float));
-        if (out->dx || backward.d || backward.dbasis)
-            status = rbe_plan_backward(kernels, &w->layout, w->rows, w->cols, x->rows) == RBE_PATH_TABLE ? rbe_backward_table(&backward, err)
-                                                                                                         : rbe_backward_decode(&backward, err);
+        if (!by_table && (backward.gain = out->gain)) memset(backward.gain, 0, (size_t)w->rows * sizeof(float));
+        if (out->dx || backward.d || backward.dbasis || backward.gain)
+            status = by_table ? rbe_backward_table(&backward, err) : rbe_backward_decode(&backward, err);
     }
     finish f = {&backward, out};
     if (status == RBE_OK && out->bias) rbe_run(threads, (w->rows + 255) / 256, 1, sum_tokens, &f);

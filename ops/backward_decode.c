@@ -13,7 +13,8 @@ enum { PARTS = 16, TOKENS = 512, ROWS = 96, COLUMNS = 256 };  // a tile of W and
 typedef struct pass {
     rbe_backward_job *backward;
     int64_t chunk, chunks, parts;  // groups a tile, tiles a row, parts
-    float *dbasis;                 // [parts][M][256][g]
+    float *dbasis, *gain;          // [parts][M][256][g], [parts][m]
+    bool split;                    // products on the matrix unit
     // of the block of tokens at hand
     int64_t t0, tokens;
     const float *x, *dy;
@@ -23,27 +24,74 @@ typedef struct pass {
 
 typedef struct buffers {
     rbe_row_buffers row;
-    float *tile, *dy;  // W or dW [ROWS][reach], dy^T [ROWS][tokens]
+    float *tile, *dy;              // W or dW [ROWS][reach], dy^T [ROWS][tokens]
+    uint16_t *x, *left, *right;    // split: x of the columns at hand; dy or dy^T; the decoded tile
     int64_t reach;
 } buffers;
 
-// Rows i0 .. i0+rows of the tile of groups k0 .. k0+groups.
-static void backward_tile(const pass *s, const buffers *b, int64_t i0, int64_t rows, int64_t k0, int64_t groups, float *dbasis) {
+static bool take_buffers(const pass *s, buffers *b) {
+    const rbe_weight *w = s->backward->job.w;
+    b->reach = rbe_min(s->chunk * w->layout.group, w->cols);
+    b->tile = rbe_scratch_take(ROWS * b->reach, sizeof *b->tile);
+    b->dy = rbe_scratch_take(ROWS * s->tokens, sizeof *b->dy);
+    if (!rbe_take_row_buffers(w, s->chunk, &b->row) || !b->tile || !b->dy) return false;
+    if (!s->split) return true;
+    const int64_t left = rbe_max(rbe_split_size(ROWS, s->tokens), rbe_split_size(s->tokens, ROWS));
+    b->x = rbe_scratch_take(rbe_split_size(b->reach, s->tokens), sizeof *b->x);
+    b->left = rbe_scratch_take(left, sizeof *b->left);
+    b->right = rbe_scratch_take(rbe_split_size(b->reach, ROWS), sizeof *b->right);
+    return b->x && b->left && b->right;
+}
+
+// dx += dy W for the rows of a tile
+static void tile_dx(const pass *s, const buffers *b, int64_t i0, int64_t rows, int64_t k0, int64_t groups, int64_t cols) {
     const rbe_kernels *kernels = s->backward->job.kernels;
     const rbe_weight *w = s->backward->job.w;
-    const int64_t g = w->layout.group, j0 = k0 * g, cols = rbe_min(groups * g, w->cols - j0), stages = w->layout.stages;
-    if (s->dx) {
-        for (int64_t i = 0; i < rows; ++i) rbe_decode_row(kernels, w, i0 + i, k0, groups, b->row, b->tile + i * b->reach);
-        kernels->gemm(s->tokens, rows, cols, s->dy + i0, s->dy_stride, 1, b->tile, b->reach, s->dx + j0, s->dx_stride, i0 > 0);
+    float *dx = s->dx + k0 * w->layout.group;
+    for (int64_t i = 0; i < rows; ++i) rbe_decode_row(kernels, w, i0 + i, k0, groups, b->row, b->tile + i * b->reach);
+    if (s->split) {
+        kernels->split_rows(s->tokens, rows, s->dy + i0, s->dy_stride, b->left);
+        kernels->split_cols(rows, cols, b->tile, b->reach, b->right);
+        kernels->gemm_split(s->tokens, rows, cols, b->left, rbe_pieces(s->backward->job.y->dtype, false), b->right, 3, dx, s->dx_stride, i0 > 0);
+    } else {
+        kernels->gemm(s->tokens, rows, cols, s->dy + i0, s->dy_stride, 1, b->tile, b->reach, dx, s->dx_stride, i0 > 0);
     }
-    if (!s->backward->d && !dbasis) return;
+}
+
+// dW = dy^T x
+static void tile_dw(const pass *s, const buffers *b, int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
+    const rbe_kernels *kernels = s->backward->job.kernels;
     kernels->transpose(s->dy + i0, s->dy_stride, s->tokens, rows, b->dy, s->tokens, s->tokens);
-    kernels->gemm(rows, s->tokens, cols, b->dy, s->tokens, 1, s->x + j0, s->x_stride, b->tile, b->reach, false);
-    for (int64_t i = 0; i < rows; ++i) {
-        const rbe_code_row row = rbe_code_row_at(w, i0 + i);
-        kernels->unpack(&row, k0 * stages, groups * stages, b->row.idx, b->row.scale, b->row.signs);
-        kernels->scatter_row(stages, g, cols, w->basis, b->row.idx, b->row.scale, b->row.signs, ((const float *)w->gain)[i0 + i],
-                             b->tile + i * b->reach, s->backward->d ? s->backward->d + (i0 + i) * row.count + k0 * stages : NULL, dbasis);
+    if (s->split) {
+        const int dy = rbe_pieces(s->backward->job.y->dtype, false), x = rbe_pieces(s->backward->job.x->dtype, false);
+        kernels->split_rows(rows, s->tokens, b->dy, s->tokens, b->left);
+        kernels->gemm_split(rows, s->tokens, cols, b->left, dy, b->x, x, b->tile, b->reach, false);
+    } else {
+        kernels->gemm(rows, s->tokens, cols, b->dy, s->tokens, 1, s->x + j0, s->x_stride, b->tile, b->reach, false);
+    }
+}
+
+// All rows of groups k0 .. k0+groups.
+static void backward_columns(const pass *s, const buffers *b, int64_t k0, int64_t groups, float *dbasis, float *gain) {
+    const rbe_backward_job *backward = s->backward;
+    const rbe_kernels *kernels = backward->job.kernels;
+    const rbe_weight *w = backward->job.w;
+    const int64_t g = w->layout.group, stages = w->layout.stages, j0 = k0 * g, cols = rbe_min(groups * g, w->cols - j0);
+    const bool wants_dw = backward->d || dbasis || gain;
+    if (s->split && wants_dw) kernels->split_cols(s->tokens, cols, s->x + j0, s->x_stride, b->x);
+    for (int64_t i0 = 0; i0 < w->rows; i0 += ROWS) {
+        const int64_t rows = rbe_min(ROWS, w->rows - i0);
+        if (s->dx) tile_dx(s, b, i0, rows, k0, groups, cols);
+        if (!wants_dw) continue;
+        tile_dw(s, b, i0, rows, j0, cols);
+        for (int64_t i = i0; i < i0 + rows; ++i) {
+            const rbe_code_row row = rbe_code_row_at(w, i);
+            kernels->unpack(&row, k0 * stages, groups * stages, b->row.idx, b->row.scale, b->row.signs);
+            const float sum = kernels->scatter_row(stages, g, cols, w->basis, b->row.idx, b->row.scale, b->row.signs,
+                                                   ((const float *)w->gain)[i], b->tile + (i - i0) * b->reach,
+                                                   backward->d ? backward->d + i * row.count + k0 * stages : NULL, dbasis);
+            if (gain) gain[i] += sum;
+        }
     }
 }
 
@@ -52,21 +100,18 @@ static void backward_parts(int64_t begin, int64_t end, void *context) {
     const rbe_weight *w = s->backward->job.w;
     const int64_t basis = w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    buffers b = {.reach = rbe_min(s->chunk * w->layout.group, w->cols)};
-    b.tile = rbe_scratch_take(ROWS * b.reach, sizeof *b.tile);
-    b.dy = rbe_scratch_take(ROWS * s->tokens, sizeof *b.dy);
-    if (!rbe_take_row_buffers(w, s->chunk, &b.row) || !b.tile || !b.dy) {
+    buffers b = {.x = NULL};
+    if (!take_buffers(s, &b)) {
         atomic_store(&s->backward->job.failed, true);
         rbe_scratch_end(mark);
         return;
     }
-    for (int64_t part = begin; part < end; ++part) {
-        for (int64_t c = s->chunks * part / s->parts; c < s->chunks * (part + 1) / s->parts; ++c) {
-            const int64_t k0 = c * s->chunk, groups = rbe_min(s->chunk, w->groups - k0);
-            for (int64_t i0 = 0; i0 < w->rows; i0 += ROWS)
-                backward_tile(s, &b, i0, rbe_min(ROWS, w->rows - i0), k0, groups, s->dbasis ? s->dbasis + part * basis : NULL);
-        }
-    }
+    if (s->split) s->backward->job.kernels->split_begin();
+    for (int64_t part = begin; part < end; ++part)
+        for (int64_t c = s->chunks * part / s->parts; c < s->chunks * (part + 1) / s->parts; ++c)
+            backward_columns(s, &b, c * s->chunk, rbe_min(s->chunk, w->groups - c * s->chunk), s->dbasis ? s->dbasis + part * basis : NULL,
+                             s->gain ? s->gain + part * w->rows : NULL);
+    if (s->split) s->backward->job.kernels->split_end();
     rbe_scratch_end(mark);
 }
 
@@ -109,10 +154,16 @@ rbe_status rbe_backward_decode(rbe_backward_job *backward, rbe_error *err) {
         if (matrix[i] && !rbe_is_rows(matrix[i]))
             room = (copy[i] = rbe_scratch_take(tokens * matrix[i]->cols, sizeof(float))) != NULL && room;
     if (backward->dbasis) room = (s.dbasis = rbe_scratch_take(s.parts * basis, sizeof(float))) != NULL && room;
+    if (backward->gain) room = (s.gain = rbe_scratch_take(s.parts * w->rows, sizeof(float))) != NULL && room;
+    s.split = rbe_wants_split(job->kernels, rbe_min(tokens, w->rows), 32) && rbe_wants_split(job->kernels, w->cols, 32);
     if (room) {
+        if (s.gain) memset(s.gain, 0, (size_t)(s.parts * w->rows) * sizeof(float));
         if (s.dbasis) memset(s.dbasis, 0, (size_t)(s.parts * basis) * sizeof(float));
         run_blocks(&s, copy[0], copy[1], copy[2]);
-        for (int64_t part = 0; s.dbasis && part < s.parts; ++part) job->kernels->add_scaled(basis, 1.0f, s.dbasis + part * basis, backward->dbasis);
+        for (int64_t part = 0; part < s.parts; ++part) {
+            if (s.dbasis) job->kernels->add_scaled(basis, 1.0f, s.dbasis + part * basis, backward->dbasis);
+            if (s.gain) job->kernels->add_scaled(w->rows, 1.0f, s.gain + part * w->rows, backward->gain);
+        }
     }
     rbe_scratch_end(mark);
     return room && !atomic_load(&job->failed) ? RBE_OK : rbe_out_of_memory(err);

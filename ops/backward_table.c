@@ -89,7 +89,7 @@ static void fill_table(const pass *s, const buffers *b, int64_t stage, int64_t c
     if (s->basis && depth == g) {  // a last group that n cuts short must not meet what pads the basis
         if (stage == 0) kernels->split_cols(g, s->width, s->x + column * s->width, s->width, b->x);
         kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + stage * rbe_split_size(RBE_BASIS_VECTORS, g), 3, b->x,
-                            rbe_pieces(s->backward->job.x->dtype), b->p, s->width, false);
+                            rbe_pieces(s->backward->job.x->dtype, false), b->p, s->width, false);
     } else {
         kernels->gemm(RBE_BASIS_VECTORS, depth, s->width, (const float *)w->basis + stage * RBE_BASIS_VECTORS * g, g, 1, s->x + column * s->width,
                       s->width, b->p, s->width, false);
@@ -121,7 +121,7 @@ static void spread_split(const pass *s, const buffers *b, int64_t stage, int64_t
     if (stage == 0) kernels->split_cols(s->tokens, depth, s->rows + column, s->rows_stride, b->rows);
     for (int64_t j = 0; j < RBE_BASIS_VECTORS; j += STRIP) {
         kernels->split_rows(STRIP, s->tokens, b->p + j * s->width, s->width, b->dp_rows);
-        kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, 3, b->rows, rbe_pieces(s->backward->job.x->dtype), dbasis + j * g, g, true);
+        kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, 3, b->rows, rbe_pieces(s->backward->job.x->dtype, false), dbasis + j * g, g, true);
     }
 }
 

@@ -3,9 +3,9 @@
 #include "../kernels/reference/reference.h"
 #include "product.h"
 
-static rbe_status run(rbe_job *job, bool fast, rbe_error *err) {
+static rbe_status run(rbe_job *job, rbe_error *err) {
     const rbe_weight *w = job->w;
-    switch (rbe_plan_linear(job->kernels, &w->layout, w->rows, w->cols, job->x->rows, fast, w->packed != NULL)) {
+    switch (rbe_plan_linear(job->kernels, &w->layout, w->rows, w->cols, job->x->rows, job->fast, w->packed != NULL)) {
         case RBE_PATH_TABLE: return rbe_linear_table(job, err);
         case RBE_PATH_TABLE_TOKEN: return rbe_linear_token(job, err);
         case RBE_PATH_LUT8: return rbe_linear_lut8(job, err);
@@ -14,7 +14,10 @@ static rbe_status run(rbe_job *job, bool fast, rbe_error *err) {
     }
 }
 
-rbe_status rbe_linear_exact(rbe_job *job, rbe_error *err) { return run(job, false, err); }
+rbe_status rbe_linear_exact(rbe_job *job, rbe_error *err) {
+    job->fast = false;
+    return run(job, err);
+}
 
 rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias, const rbe_matrix *y, rbe_accuracy accuracy,
                       const rbe_parallel *threads, rbe_error *err) {
@@ -33,6 +36,6 @@ rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias
         return RBE_OK;
     }
     rbe_job job = {.kernels = kernels, .w = w, .x = x, .y = y, .bias = bias, .threads = threads};
-    const bool fast = accuracy == RBE_ACCURACY_FAST || (accuracy == RBE_ACCURACY_AUTO && x->dtype != RBE_F32);
-    return run(&job, fast, err);
+    job.fast = accuracy == RBE_ACCURACY_FAST || (accuracy == RBE_ACCURACY_AUTO && x->dtype != RBE_F32);
+    return run(&job, err);
 }

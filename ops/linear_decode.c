@@ -71,7 +71,7 @@ static void multiply_tile(const pass *s, const buffers *b, int64_t i0, int64_t s
     for (int64_t n = 0; n < tiles; ++n) {
         float *y = b->y + (n * rows + i0) * width;
         if (s->split)
-            kernels->gemm_split(some, cols, width, b->split, 3, split_chunk(s, n, k0), rbe_pieces(s->job->x->dtype), y, width, true);
+            kernels->gemm_split(some, cols, width, b->split, rbe_float_pieces(s->job->fast), split_chunk(s, n, k0), rbe_pieces(s->job->x->dtype, s->job->fast), y, width, true);
         else
             kernels->gemm(some, cols, width, b->tile, b->reach, 1, s->x + (n * s->job->w->cols + j0) * width, width, y, width, true);
     }

@@ -56,7 +56,8 @@ static void fill_table_split(int64_t begin, int64_t end, void *context) {
         }
         s->job->kernels->split_cols(g, s->width, s->x + column * s->width, s->width, x);
         for (int64_t m = 0; m < stages; ++m)
-            s->job->kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + m * rbe_split_size(RBE_BASIS_VECTORS, g), 3, x, s->pieces,
+            s->job->kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + m * rbe_split_size(RBE_BASIS_VECTORS, g),
+                                        rbe_float_pieces(s->job->fast), x, s->pieces,
                                         s->p + (k * stages + m) * size, s->width, false);
     }
     s->job->kernels->split_end();
@@ -123,7 +124,7 @@ rbe_status rbe_linear_table(rbe_job *job, rbe_error *err) {
     rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * w->layout.stages, job->threads, &s.codes, err);
     if (status == RBE_OK && rbe_wants_split(job->kernels, w->layout.group, 32)) {
         s.basis = rbe_split_basis(job->kernels, w);
-        s.pieces = rbe_pieces(job->x->dtype);
+        s.pieces = rbe_pieces(job->x->dtype, job->fast);
         if (!s.basis) status = rbe_out_of_memory(err);
     }
     if (status == RBE_OK) {

@@ -60,8 +60,9 @@ void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row
 static inline bool rbe_wants_split(const rbe_kernels *kernels, int64_t size, int64_t unit) {
     return kernels->gemm_split && 2 * size >= (size + unit - 1) / unit * unit;
 }
-// bfloat16 pieces that hold a value exactly
-static inline int rbe_pieces(rbe_dtype dtype) { return dtype == RBE_BF16 ? 1 : dtype == RBE_F16 ? 2 : 3; }
+// bfloat16 pieces of a float32 and of an activation: as many as hold the value exactly, at most two, an error of 2^-16, in the fast class
+static inline int rbe_float_pieces(bool fast) { return fast ? 2 : 3; }
+static inline int rbe_pieces(rbe_dtype dtype, bool fast) { return dtype == RBE_BF16 ? 1 : dtype == RBE_F16 ? 2 : rbe_float_pieces(fast); }
 // The basis as split rows, [M][rbe_split_size(256, g)] in scratch, or turned: [M][rbe_split_size(g, 256)]; NULL when out of memory.
 const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w);
 const uint16_t *rbe_split_basis_turned(const rbe_kernels *kernels, const rbe_weight *w);
@@ -88,6 +89,7 @@ typedef struct rbe_job {
     const rbe_matrix *x, *y;
     const float *bias;
     const rbe_parallel *threads;
+    bool fast;           // the accuracy class
     atomic_bool failed;  // out of memory in a thread
 } rbe_job;
 
@@ -97,11 +99,12 @@ rbe_status rbe_linear_exact(rbe_job *job, rbe_error *err);  // whichever float32
 rbe_status rbe_linear_lut8(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_decode(rbe_job *job, bool dot, rbe_error *err);
 
-// job->x is x, job->y is dy. dbasis and d (raw D, [m, K*M]) are cleared buffers to add to, or NULL where not wanted.
+// job->x is x, job->y is dy. dbasis, d (raw D, [m, K*M]) and gain (sum over the row's codes of scale D) are cleared buffers to add to, or NULL
+// where not wanted; by table gain comes from d alone.
 typedef struct rbe_backward_job {
     rbe_job job;
     const rbe_matrix *dx;
-    float *dbasis, *d;
+    float *dbasis, *d, *gain;
 } rbe_backward_job;
 rbe_status rbe_backward_table(rbe_backward_job *job, rbe_error *err);
 rbe_status rbe_backward_decode(rbe_backward_job *job, rbe_error *err);

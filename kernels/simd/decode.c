@@ -71,8 +71,9 @@ void RBE_KERNEL(decode_row)(int64_t stages, int64_t g, int64_t cols, const float
         decode_as(false, false, stages, g, cols, basis, idx, scale, signs, gain, out);
 }
 
-V_INLINE void scatter_as(bool scaled, bool flipped, int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx,
-                         const float *scale, const uint8_t *signs, float gain, const float *dw, float *d, float *dbasis) {
+V_INLINE float scatter_as(bool scaled, bool flipped, int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx,
+                          const float *scale, const uint8_t *signs, float gain, const float *dw, float *d, float *dbasis) {
+    vf total = v_zero();
     int64_t q = 0;
     for (int64_t first = 0; first < cols; first += g) {
         const int64_t width = cols - first < g ? cols - first : g;
@@ -81,27 +82,30 @@ V_INLINE void scatter_as(bool scaled, bool flipped, int64_t stages, int64_t g, i
             const vf factor = v_set1(scaled ? gain * scale[q] : gain);
             vf dot = v_zero();
             for (int64_t e = 0; e < width; e += V_WIDTH) {
-                vf value = v_load_n(dw + first + e, width - e);
+                const bool full = e + V_WIDTH <= width;
+                const float *table = basis + vector + e, *in = dw + first + e;
+                vf value = full ? v_load(in) : v_load_n(in, width - e);
                 if (flipped) value = flip(value, signs[q], e);
-                if (d) dot = v_fma(value, v_load_n(basis + vector + e, width - e), dot);
-                if (dbasis) {
-                    float *out = dbasis + vector + e;
+                dot = v_fma(value, full ? v_load(table) : v_load_n(table, width - e), dot);
+                if (!dbasis) continue;
+                float *out = dbasis + vector + e;
+                if (full)
+                    v_store(out, v_fma(factor, value, v_load(out)));
+                else
                     v_store_n(out, v_fma(factor, value, v_load_n(out, width - e)), width - e);
-                }
             }
+            total = scaled ? v_fma(v_set1(scale[q]), dot, total) : v_add(dot, total);
             if (d) d[q] += v_sum(dot);
         }
     }
+    return v_sum(total);
 }
 
-void RBE_KERNEL(scatter_row)(int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx, const float *scale,
-                             const uint8_t *signs, float gain, const float *dw, float *d, float *dbasis) {
-    if (scale)
-        scatter_as(true, false, stages, g, cols, basis, idx, scale, signs, gain, dw, d, dbasis);
-    else if (signs)
-        scatter_as(false, true, stages, g, cols, basis, idx, scale, signs, gain, dw, d, dbasis);
-    else
-        scatter_as(false, false, stages, g, cols, basis, idx, scale, signs, gain, dw, d, dbasis);
+float RBE_KERNEL(scatter_row)(int64_t stages, int64_t g, int64_t cols, const float *basis, const uint8_t *idx, const float *scale,
+                              const uint8_t *signs, float gain, const float *dw, float *d, float *dbasis) {
+    if (scale) return scatter_as(true, false, stages, g, cols, basis, idx, scale, signs, gain, dw, d, dbasis);
+    if (signs) return scatter_as(false, true, stages, g, cols, basis, idx, scale, signs, gain, dw, d, dbasis);
+    return scatter_as(false, false, stages, g, cols, basis, idx, scale, signs, gain, dw, d, dbasis);
 }
 
 void RBE_KERNEL(dot_rows)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *w, float *out) {
