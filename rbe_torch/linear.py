@@ -241,7 +241,8 @@ class RBELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
         log_gain = parameters["log_gain"]
-        run = _ops.linear if torch.is_grad_enabled() or torch.compiler.is_compiling() else _ops.linear_inference
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+        run = _ops.linear_inference if plain else _ops.linear
         return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(),
                    parameters["bias"], parameters["amplitude"], buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
                    buffers["residual_right_scale"], **self._options)

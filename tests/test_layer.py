@@ -550,6 +550,24 @@ def test_compiles_without_graph_breaks_in_either_form() -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_export_trace_and_functional_calls_take_the_layer(train: bool) -> None:
+    lin = made("rbe9r_g8", n=64, m=32)
+    if train:
+        rbe_torch.prepare_training(lin)
+    x = torch.randn(5, 64)
+    tokens = torch.export.Dim("tokens")
+    program = torch.export.export(lin, (x,), dynamic_shapes=({0: tokens},), strict=False).module()
+    assert torch.equal(program(x[:3]), lin(x[:3]))
+    assert torch.equal(torch.jit.trace(lin, x)(x[:3]), lin(x[:3]))
+    own = {name: p.detach() for name, p in lin.named_parameters()}
+    gradients = torch.func.grad(lambda values: torch.func.functional_call(lin, values, (x,)).square().sum())(own)
+    lin.requires_grad_(True)
+    lin(x).square().sum().backward()
+    for name, p in lin.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)
+
+
 def test_show_config_prints_what_it_holds() -> None:
     config = rbe_torch.show_config()
     text = str(config)
