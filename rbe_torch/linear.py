@@ -70,17 +70,17 @@ class RBELinear(nn.Module):
         self._parameters["gain"] = None  # `gain` is a property, so the entry is made before the parameter is registered
         self.register_parameter("gain", nn.Parameter(torch.empty(m, dtype=torch.float32, device=device), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(m, dtype=self._dtype, device=device)) if bias else None)
+        self._options: dict[str, Any] = {"layout": str(layout), "in_features": n, "seed": 0}
+        if layout.seeded:
+            self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
+            self._set_seed(int(torch.randint(0, 2**32, (), generator=generator, device="cpu")) if seed is None else seed_value(seed))
         shapes = layout.residual_shapes(m, n)
-        for name in RESIDUALS:
+        for name in sorted(RESIDUALS, key=lambda name: name not in shapes):  # torch.export counts on the None ones being last
             shape, kind = shapes.get(name, (None, None))
             zeros = None if shape is None else torch.zeros(shape, dtype=getattr(torch, kind), device=device)
             if kind == "int32":
                 zeros += torch.arange(shape[1], dtype=torch.int32, device=device)  # columns rise in a row
             self.register_buffer(name, zeros)
-        self._options: dict[str, Any] = {"layout": str(layout), "in_features": n, "seed": 0}
-        if layout.seeded:
-            self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
-            self._set_seed(int(torch.randint(0, 2**32, (), generator=generator, device="cpu")) if seed is None else seed_value(seed))
         self.reset_parameters(generator, basis=own_basis)
 
     # ---- making one ---------------------------------------------------------------------------------------------------------

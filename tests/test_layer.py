@@ -550,9 +550,11 @@ def test_compiles_without_graph_breaks_in_either_form() -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("layout", ["rbe9r_g8", "rbe8_g8+sp0.1", "rbe9r_g8+int8", "rbe22_g8+lr2"])
 @pytest.mark.parametrize("train", [False, True])
-def test_export_trace_and_functional_calls_take_the_layer(train: bool) -> None:
-    lin = made("rbe9r_g8", n=64, m=32)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_export_trace_and_functional_calls_take_the_layer(layout: str, train: bool) -> None:
+    lin = made(layout, n=64, m=32)
     if train:
         rbe_torch.prepare_training(lin)
     x = torch.randn(5, 64)
