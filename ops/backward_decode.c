@@ -8,7 +8,7 @@
 
 #include "product.h"
 
-enum { PARTS = 16, TOKENS = 512, ROWS = 96, COLUMNS = 256 };  // a tile of W and dW; a block of tokens reuses the decoded tile
+enum { PARTS = 16, TOKENS = 512, ROWS = 192, COLUMNS = 512 };  // a tile of W and dW; a block of tokens reuses the decoded tile
 
 typedef struct pass {
     rbe_backward_job *backward;

@@ -1,4 +1,5 @@
-// Which path a product takes: a small cost model in units of one float32 multiply-add lane, its constants measured (kernels/README.md).
+// Which path a product takes: a cost model in units of one float32 multiply-add lane (0.01 ns on the machine of kernels/README.md), with
+// constants measured there on shapes of 2048 x 2048 and 4096 x 4096. Only the order of the costs matters.
 #include <stdio.h>
 
 #include "dispatch.h"
@@ -6,12 +7,12 @@
 
 enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32 };
 
-static const double SUM_LANE = 4.0;      // one lane of a table row: its line comes from L2
-static const double UNPACK_CODE = 64.0;  // word -> idx and scale
-static const double GATHER_CODE = 40.0;  // one code of one token, looked up by a gather
-static const double DECODE_WEIGHT = 16.0;
-static const double DOT_WEIGHT = 3.0;    // one weight of one token in a dot product
-static const double BACKWARD_LANE = 8.0; // one lane of a code's D and dP
+static const double SUM_LANE = 3.5;       // one lane of a table row: its line comes from L2
+static const double UNPACK_CODE = 58.0;   // word -> idx and scale, curves at random
+static const double GATHER_CODE = 40.0;   // one code of one token, looked up by a gather
+static const double DOT_WEIGHT = 4.0;     // one weight of one token in a dot product
+static const double BACKWARD_LANE = 8.0;  // one lane of a code's D and dP
+static const double MASKED_GROUP = 140.0; // a group that is not whole vectors, decoded
 
 static _Atomic rbe_path forced;
 
@@ -23,21 +24,36 @@ static double tokens_in_tiles(const rbe_kernels *kernels, int64_t tokens) {
 
 static bool has_table(const rbe_layout *l) { return l->field != RBE_FIELD_RBE16S && l->residual == RBE_RESIDUAL_NONE; }
 
+// A lane of a dense product: of the micro-kernel, or of the matrix unit with its splits and sums.
+static double dense_lane(const rbe_kernels *kernels) { return kernels->gemm_split ? 0.75 : 1.1; }
+
+static double unpack_code(const rbe_layout *l) { return l->field == RBE_FIELD_RBE8 || l->field == RBE_FIELD_RBE16S ? 1.0 : UNPACK_CODE; }
+
+static double decode_weight(const rbe_kernels *kernels, const rbe_layout *l) {
+    const int64_t vectors = (l->group + kernels->width - 1) / kernels->width;
+    double group = 60.0 + (double)vectors * (90.0 + 60.0 * l->stages);
+    if (2 * l->group == kernels->width)
+        group = 30.0 + 30.0 * l->stages;
+    else if (l->group % kernels->width)
+        group += MASKED_GROUP;
+    return (group + l->stages * unpack_code(l)) / l->group;
+}
+
 rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens, bool fast,
                          bool packed) {
-    const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages, n = (double)cols;
-    const double lanes = tokens_in_tiles(kernels, tokens), table = 256.0 * l->stages * n;
-    const double decode = weights * (DECODE_WEIGHT * (double)((tokens + 255) / 256) + lanes);
-    const double dot = tokens <= TOKENS_DOTTED ? weights * (DECODE_WEIGHT + DOT_WEIGHT * (double)tokens) : decode;
-    const rbe_path dense = dot < decode ? RBE_PATH_DECODE_DOT : RBE_PATH_DECODE;
-    const rbe_path wanted = forced;
+    const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages, t = (double)tokens;
+    const double lanes = tokens_in_tiles(kernels, tokens), table = 256.0 * l->stages * (double)cols;
+    const double decoded = decode_weight(kernels, l), split = kernels->gemm_split ? 8.0 : 0.0;
+    const double decode = weights * ((decoded + split) * (double)((tokens + 255) / 256) + dense_lane(kernels) * lanes);
+    const double dot = tokens <= TOKENS_DOTTED ? weights * (decoded + DOT_WEIGHT * t) : decode;
+    const rbe_path dense = dot < decode ? RBE_PATH_DECODE_DOT : RBE_PATH_DECODE, wanted = forced;
     if (wanted == RBE_PATH_DECODE || wanted == RBE_PATH_DECODE_DOT) return wanted;
     if (!has_table(l)) return dense;
     const bool bytes = fast && packed && kernels->lut8_rows && l->field == RBE_FIELD_RBE8;
     if (wanted != RBE_PATH_PLANNED && (wanted != RBE_PATH_LUT8 || bytes)) return wanted;
     if (bytes && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8) return RBE_PATH_LUT8;
-    const double tiles = table * lanes + codes * (UNPACK_CODE + SUM_LANE * lanes);
-    const double token = tokens <= TOKENS_ONE_BY_ONE ? table * (double)tokens + codes * (UNPACK_CODE + GATHER_CODE * (double)tokens) : tiles;
+    const double tiles = table * lanes * dense_lane(kernels) + codes * (unpack_code(l) + SUM_LANE * lanes);
+    const double token = tokens <= TOKENS_ONE_BY_ONE ? table * 2.0 * t + codes * (unpack_code(l) + GATHER_CODE * t) : tiles;
     if ((token < tiles ? token : tiles) > (dot < decode ? dot : decode)) return dense;
     return token < tiles ? RBE_PATH_TABLE_TOKEN : RBE_PATH_TABLE;
 }
@@ -47,9 +63,10 @@ rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int6
     if (wanted == RBE_PATH_DECODE || !has_table(l)) return RBE_PATH_DECODE;
     if (wanted == RBE_PATH_TABLE) return RBE_PATH_TABLE;
     const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages;
-    const double lanes = tokens_in_tiles(kernels, tokens);
-    const double table = lanes * (3.0 * 256.0 * l->stages * (double)cols + BACKWARD_LANE * codes) + codes * UNPACK_CODE;
-    return table < weights * (2.0 * lanes + 3.0 * DECODE_WEIGHT) ? RBE_PATH_TABLE : RBE_PATH_DECODE;
+    const double lanes = tokens_in_tiles(kernels, tokens), lane = dense_lane(kernels);
+    const double table = lanes * (3.0 * 256.0 * l->stages * (double)cols * lane + BACKWARD_LANE * codes) + codes * unpack_code(l);
+    const double decode = weights * (2.5 * lane * lanes + 3.0 * decode_weight(kernels, l));
+    return table < decode ? RBE_PATH_TABLE : RBE_PATH_DECODE;
 }
 
 int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_accuracy accuracy, char *text,
@@ -65,5 +82,5 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
     rbe_error err;
     if (rbe_choose_kernels(&kernels, &err) != RBE_OK) return snprintf(text, size, "%s", err.text);
     const rbe_path path = rbe_plan_linear(kernels, layout, rows, cols, tokens, accuracy == RBE_ACCURACY_FAST, true);
-    return snprintf(text, size, "%s, %s", kernels->isa, what[path]);
+    return snprintf(text, size, "%s, %s", kernels->name, what[path]);
 }
