@@ -8,11 +8,11 @@
 V_INLINE void rows_of(const int rows, const int vecs, int64_t count, const uint8_t *idx, const float *scale, int64_t code_row,
                       const float *p, float *y, bool first, const float *gain, const float *bias) {
     const int64_t w = vecs * V_WIDTH;
-    vf acc[4][2];
+    vf acc[8][2];
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vecs; ++v) acc[r][v] = first ? v_zero() : v_load(y + r * w + v * V_WIDTH);
     for (int64_t q = 0; q < count; ++q, p += RBE_BASIS_VECTORS * w) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const float *line = p + idx[r * code_row + q] * w;
             const vf s = scale ? v_set1(scale[r * code_row + q]) : v_set1(1.0f);
@@ -32,13 +32,16 @@ V_INLINE void rows_of(const int rows, const int vecs, int64_t count, const uint8
 
 V_INLINE void all_rows(const int vecs, bool scaled, int64_t rows, int64_t count, const uint8_t *idx, const float *scale, int64_t code_row,
                        const float *p, float *y, bool first, const float *gain, const float *bias) {
-    int64_t i = 0;
-    for (; i < rows; i += i + 4 <= rows ? 4 : 1) {
+    const int64_t many = vecs == 1 ? 8 : 4;
+    for (int64_t i = 0; i < rows;) {
         const float *s = scaled ? scale + i * code_row : 0, *g = gain ? gain + i : 0, *b = bias ? bias + i : 0;
-        if (i + 4 <= rows)
-            rows_of(4, vecs, count, idx + i * code_row, s, code_row, p, y + i * vecs * V_WIDTH, first, g, b);
-        else
+        if (i + many <= rows) {
+            rows_of(vecs == 1 ? 8 : 4, vecs, count, idx + i * code_row, s, code_row, p, y + i * vecs * V_WIDTH, first, g, b);
+            i += many;
+        } else {
             rows_of(1, vecs, count, idx + i * code_row, s, code_row, p, y + i * vecs * V_WIDTH, first, g, b);
+            ++i;
+        }
     }
 }
 
