@@ -133,6 +133,10 @@ class RBEQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return True  # after rbe_torch.prepare_training
+
+    @property
     def is_compileable(self) -> bool:
         return True
 

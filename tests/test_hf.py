@@ -121,6 +121,26 @@ def test_transformers_own_save_pretrained_works(tmp_path: Path) -> None:
         assert torch.equal(run(rbe_torch.load_pretrained(path).eval()), run(model))
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps_of_one_device_load(device_map: object, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = coded(bert())
+    rbe_torch.save_pretrained(model, tmp_path)
+    assert torch.equal(run(transformers.AutoModel.from_pretrained(tmp_path, device_map=device_map).cpu()), run(model))
+
+
+def test_the_trainer_trains_a_loaded_model(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    rbe_torch.save_pretrained(coded(gpt2(), "rbe22_g8"), tmp_path)
+    model = rbe_torch.prepare_training(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    before = model.transformer.h[0].mlp.c_fc.amplitude.detach().clone()
+    arguments = transformers.TrainingArguments(output_dir=tmp_path / "run", max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    transformers.Trainer(model, arguments, train_dataset=[{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 8).train()
+    assert not torch.equal(model.transformer.h[0].mlp.c_fc.amplitude, before)
+    rbe_torch.finish_training(model).save_pretrained(tmp_path)
+    assert torch.equal(run(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), run(model.eval()))
+
+
 def test_weights_tied_against_the_configuration_stay_tied(tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=100, n_positions=32, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1)
     model = transformers.GPT2LMHeadModel(config).eval()
