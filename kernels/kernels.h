@@ -72,10 +72,10 @@ typedef struct rbe_kernels {
     // out[t] = sum over e of x[t*x_row + e] w[e]
     void (*dot_rows)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *w, float *out);
 
-    // One group and stage, rows sorted by code, a tile of 4 * width tokens. place p holds row[p] with factor[p]; code j has places
+    // One group and stage, rows sorted by code, W is 2 or 4 times width. place p holds row[p] with factor[p]; code j has places
     // start[j] .. start[j+1].  d[p] += dot(dy[row[p]], P[j]);  dp[j] = sum over its places of factor[p] dy[row[p]].  dp may be p. row has
     // RBE_PLACES_AHEAD more entries, rows that will be prefetched.
-    void (*table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, float *d,
+    void (*table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, int64_t w, float *d,
                            float *dp);
 
     // The transpose of decode_row for one row of dW (`cols` columns): d[q] += sum over e of dw[e] (+-) basis[s, idx, e];
@@ -125,7 +125,8 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     float rbe_table_dot__##isa(int64_t, const uint8_t *, const float *, const float *);                                                      \
     void rbe_decode_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float, float *);   \
     void rbe_dot_rows__##isa(int64_t, int64_t, const float *, int64_t, const float *, float *);                                              \
-    void rbe_table_backward__##isa(const int32_t *, const int32_t *, const float *, const float *, const float *, float *, float *);         \
+    void rbe_table_backward__##isa(const int32_t *, const int32_t *, const float *, const float *, const float *, int64_t, float *,          \
+                                   float *);                                                                                             \
     float rbe_scatter_row__##isa(int64_t, int64_t, int64_t, const float *, const uint8_t *, const float *, const uint8_t *, float,            \
                                 const float *, float *, float *);                                                                            \
     void rbe_add_scaled__##isa(int64_t, float, const float *, float *);                                                                      \

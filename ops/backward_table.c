@@ -1,4 +1,4 @@
-// The backward through tables, a tile of 4 vectors of tokens at a time. With u[p] = gain * scale of the place p of a code in the sorted list:
+// The backward through tables, a tile of 4 vectors of tokens at a time, or of 2 where dy would not fit L2. With u[p] = gain * scale of the place p of a code in the sorted list:
 //
 //     P[j]   = x basis[s, j]          D[p]      += dot(dy[row[p]], P[j])         dP[j] = sum over the places p of code j of u[p] dy[row[p]]
 //     dx     = sum over j of dP[j] basis[s, j]                                   dbasis[s, j] += sum over t of dP[j, t] x[t]
@@ -14,7 +14,8 @@
 enum {
     PARTS = 16,
     SORTED = 16,  // codes of a row sorted together, so that a line of unpacked codes is read once
-    STRIP = 32    // rows or columns of dP that are split together
+    STRIP = 32,   // rows or columns of dP that are split together
+    DY_BYTES = 1280 << 10  // of a tile of dy, read at random: what L2 holds beside the rest
 };
 
 typedef struct pass {
@@ -132,7 +133,7 @@ static void backward_group(const pass *s, int64_t k, const buffers *b, float *db
         const int64_t q = k * w->layout.stages + stage;
         if (s->backward->d) fill_table(s, b, stage, column, depth);
         s->backward->job.kernels->table_backward(s->start + q * (RBE_BASIS_VECTORS + 1), s->row + q * m, s->factor + q * m, s->dy, b->p,
-                                                 s->d + q * m, b->p);
+                                                 s->width, s->d + q * m, b->p);
         (s->turned ? spread_split : spread)(s, b, stage, column, depth, dbasis ? dbasis + stage * RBE_BASIS_VECTORS * g : NULL);
     }
 }
@@ -212,6 +213,7 @@ rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     const int64_t basis = w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.backward = backward, .parts = rbe_min(PARTS, w->groups), .width = 4 * job->kernels->width};
+    if (w->rows > DY_BYTES / 4 / s.width) s.width /= 2;
     const rbe_status status = rbe_unpack_codes(job->kernels, w, SORTED, job->threads, &s.codes, err);
     s.start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *s.start);
     s.row = rbe_scratch_take(places + RBE_PLACES_AHEAD, sizeof *s.row);

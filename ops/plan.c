@@ -7,7 +7,7 @@
 
 enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32 };
 
-static const double SUM_LANE = 3.5;       // one lane of a table row: its line comes from L2
+static const double SUM_LANE = 4.5;       // one lane of a table row: its line comes from L2
 static const double UNPACK_CODE = 58.0;   // word -> idx and scale, curves at random
 static const double GATHER_CODE = 40.0;   // one code of one token, looked up by a gather
 static const double DOT_WEIGHT = 4.0;     // one weight of one token in a dot product

@@ -5,28 +5,29 @@
 #include "../kernels.h"
 #include "simd.h"
 
-enum { VECTORS = 4, TILE = VECTORS * V_WIDTH };
+enum { VECTORS_MAX = 4 };
 
-void RBE_KERNEL(table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, float *d,
-                                float *dp) {
+V_INLINE void places_of(const int vecs, const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p,
+                        float *d, float *dp) {
+    const int64_t w = vecs * V_WIDTH;
     vf part[V_WIDTH];  // dot products of V_WIDTH places before their lanes are summed
     int filled = 0;
     int32_t done = 0;
     for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
-        vf table[VECTORS], acc[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {
-            table[v] = v_load(p + j * TILE + v * V_WIDTH);
+        vf table[VECTORS_MAX], acc[VECTORS_MAX];
+        for (int v = 0; v < vecs; ++v) {
+            table[v] = v_load(p + j * w + v * V_WIDTH);
             acc[v] = v_zero();
         }
         for (int32_t place = start[j]; place < start[j + 1]; ++place) {
-            const float *line = dy + (int64_t)row[place] * TILE;
+            const float *line = dy + (int64_t)row[place] * w;
             const vf f = v_set1(factor[place]);
-            const char *soon = (const char *)(dy + (int64_t)row[place + RBE_PLACES_AHEAD] * TILE);
+            const char *soon = (const char *)(dy + (int64_t)row[place + RBE_PLACES_AHEAD] * w);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(soon + v * 64);
+            for (int v = 0; v < vecs; ++v) __builtin_prefetch(soon + v * 64);
             vf dot = v_zero();
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
+            for (int v = 0; v < vecs; ++v) {
                 const vf g = v_load(line + v * V_WIDTH);
                 dot = v_fma(g, table[v], dot);
                 acc[v] = v_fma(f, g, acc[v]);
@@ -38,10 +39,18 @@ void RBE_KERNEL(table_backward)(const int32_t *start, const int32_t *row, const 
                 filled = 0;
             }
         }
-        for (int v = 0; v < VECTORS; ++v) v_store(dp + j * TILE + v * V_WIDTH, acc[v]);
+        for (int v = 0; v < vecs; ++v) v_store(dp + j * w + v * V_WIDTH, acc[v]);
     }
     if (filled) {
         for (int i = filled; i < V_WIDTH; ++i) part[i] = v_zero();
         v_store_n(d + done, v_add(v_load_n(d + done, filled), v_sums(part)), filled);
     }
+}
+
+void RBE_KERNEL(table_backward)(const int32_t *start, const int32_t *row, const float *factor, const float *dy, const float *p, int64_t w,
+                                float *d, float *dp) {
+    if (w == 4 * V_WIDTH)
+        places_of(4, start, row, factor, dy, p, d, dp);
+    else
+        places_of(2, start, row, factor, dy, p, d, dp);
 }

@@ -79,6 +79,7 @@ TEST(Backward, SizesAroundEveryTileEdge) {
     for (int64_t tokens : {0, 1, 3, 4, 5, 16, 31, 32, 33, 63, 64, 65, 129}) check("rbe22_g16", 9, 20, tokens);
     for (int64_t m : {1, 2, 15, 16, 17, 95, 96, 97}) check("rbe8x2_g8", m, 20, 5);
     for (int64_t n : {1, 7, 8, 9, 255, 256, 257}) check("rbe22_g8", 3, n, 3);
+    check("rbe22_g16", 10241, 16, 40);  // so many rows that a tile of dy is halved to fit the cache
 }
 
 TEST(Backward, MoreTokensThanABlock) {
