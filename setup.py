@@ -32,7 +32,7 @@ class BuildLibrary(build_ext):
     """Compiles with CMake, then puts the library where setuptools looks for the extension."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join("rbe_torch", LIBRARY)
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)  # setuptools asks with the package and without
 
     def build_extension(self, ext: Extension) -> None:
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

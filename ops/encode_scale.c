@@ -1,0 +1,122 @@
+// Nearest representable scale. rbe22 and rbe9r: a sorted list of all their values. rbe32 has 16.7 million: its 8192 cells (curve, amp), each a
+// monotone run of 1024 values, are bounded first and searched only where a nearer value can be.
+#include "encode_scale.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+enum { CELLS = RBE_CURVES * 256, LAST_FINE = 1023, COARSE = 2 * CELLS, EXP_COARSE = 2 * 256 };
+
+static rbe_nearest coarse[COARSE], coarse_exp[EXP_COARSE];
+static int coarse_count, coarse_exp_count;
+static float cell_low[CELLS], cell_high[CELLS];
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static uint32_t cell_word(int cell) {
+    const uint32_t curve = (uint32_t)cell / 256, amp = (uint32_t)cell % 256;
+    return (curve >> 1) << RBE_SUB_SHIFT | (curve & 1) << RBE_DERIV_SHIFT | amp;
+}
+
+// FORMAT section 3, every operation rounded to float32
+static float cell_value(int cell, int fine) {
+    const float *t = &rbe_curve_table[cell / 256][cell % 256];
+    const float step = t[1] - t[0], part = step * ((float)fine / 1024.0f);
+    return t[0] + part;
+}
+
+static int by_value_then_word(const void *left, const void *right) {
+    const rbe_nearest *a = left, *b = right;
+    if (a->scale != b->scale) return a->scale < b->scale ? -1 : 1;
+    return a->word < b->word ? -1 : a->word > b->word;
+}
+
+// Sorted, each value once with its lowest word.
+static int sort_unique(rbe_nearest *list, int count) {
+    qsort(list, (size_t)count, sizeof *list, by_value_then_word);
+    int kept = 0;
+    for (int i = 0; i < count; ++i)
+        if (!kept || list[i].scale != list[kept - 1].scale) list[kept++] = list[i];
+    return kept;
+}
+
+static void build(void) {
+    for (int cell = 0; cell < CELLS; ++cell) {
+        const float first = cell_value(cell, 0), last = cell_value(cell, LAST_FINE);
+        cell_low[cell] = first < last ? first : last;
+        cell_high[cell] = first < last ? last : first;
+        for (uint32_t sign = 0; sign < 2; ++sign) {
+            const rbe_nearest entry = {sign ? -first : first, cell_word(cell) | sign << RBE_SIGN_SHIFT};
+            coarse[2 * cell + (int)sign] = entry;
+            if (cell / 256 == RBE_CURVE_EXP) coarse_exp[2 * (cell % 256) + (int)sign] = entry;
+        }
+    }
+    coarse_count = sort_unique(coarse, COARSE);
+    coarse_exp_count = sort_unique(coarse_exp, EXP_COARSE);
+}
+
+static void keep_nearer(rbe_nearest *best, double *distance, rbe_nearest candidate, double target) {
+    const double d = fabs(candidate.scale - target);
+    if (d < *distance || (d == *distance && candidate.word < best->word)) {
+        *best = candidate;
+        *distance = d;
+    }
+}
+
+static rbe_nearest in_list(const rbe_nearest *list, int count, double target) {
+    int low = 0, high = count;  // the first value that is not below the target
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (list[middle].scale < target) low = middle + 1;
+        else high = middle;
+    }
+    rbe_nearest best = {0};
+    double distance = INFINITY;
+    if (low > 0) keep_nearer(&best, &distance, list[low - 1], target);
+    if (low < count) keep_nearer(&best, &distance, list[low], target);
+    return best;
+}
+
+// The first fine whose value, in the direction of the run, is not before `target`; 1024 if none.
+static int first_not_before(int cell, bool rising, double target) {
+    int low = 0, high = LAST_FINE + 1;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        const double value = cell_value(cell, middle);
+        if (rising ? value < target : value > target) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static void search_cell(int cell, uint32_t sign, double target, rbe_nearest *best, double *distance) {
+    const bool rising = cell_value(cell, 0) <= cell_value(cell, LAST_FINE);
+    const double aim = sign ? -target : target;
+    int fine[2] = {first_not_before(cell, rising, aim), -1};
+    if (fine[0] > 0) fine[1] = first_not_before(cell, rising, cell_value(cell, fine[0] - 1));  // lowest of its plateau
+    for (int i = 0; i < 2; ++i) {
+        if (fine[i] < 0 || fine[i] > LAST_FINE) continue;
+        const float value = cell_value(cell, fine[i]);
+        const uint32_t word = cell_word(cell) | sign << RBE_SIGN_SHIFT | (uint32_t)fine[i] << RBE_FINE_SHIFT;
+        keep_nearer(best, distance, (rbe_nearest){sign ? -value : value, word}, target);
+    }
+}
+
+static rbe_nearest in_cells(double target) {
+    rbe_nearest best = in_list(coarse, coarse_count, target);
+    double distance = fabs(best.scale - target);
+    for (uint32_t sign = 0; sign < 2; ++sign) {
+        const double aim = sign ? -target : target;
+        for (int cell = 0; cell < CELLS; ++cell) {
+            // outside the cell the nearest value is one of its ends
+            if (cell_low[cell] - aim <= distance && aim - cell_high[cell] <= distance) search_cell(cell, sign, target, &best, &distance);
+        }
+    }
+    return best;
+}
+
+rbe_nearest rbe_nearest_scale(rbe_field field, double target) {
+    pthread_once(&once, build);
+    if (field == RBE_FIELD_RBE32) return in_cells(target);
+    return field == RBE_FIELD_RBE9R ? in_list(coarse_exp, coarse_exp_count, target) : in_list(coarse, coarse_count, target);
+}

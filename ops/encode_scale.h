@@ -1,0 +1,15 @@
+// The representable scale nearest to a number, in float64 distance, ties to the lowest unsigned word.
+#ifndef RBE_ENCODE_SCALE_H
+#define RBE_ENCODE_SCALE_H
+
+#include "rbe.h"
+
+typedef struct rbe_nearest {
+    double scale;   // the float32 value that the word decodes to
+    uint32_t word;  // all fields but idx
+} rbe_nearest;
+
+// field: rbe32, rbe22 or rbe9r. target must be finite. Thread-safe.
+rbe_nearest rbe_nearest_scale(rbe_field field, double target);
+
+#endif
