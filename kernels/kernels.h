@@ -89,9 +89,9 @@ typedef struct rbe_kernels {
     void (*add_lookup)(int64_t count, float factor, const float *table, const uint8_t *in, float *out);  // table [256] of in[e]
 
     // Dense products on a matrix unit, all NULL where there is none; avx512/gemm_split__avx512amx.c has the formats and the error. An operand is
-    // split into pieces first (rbe_split_size values of 16 bits), then gemm_split computes what gemm does from `pieces` of each, 3 for float32.
-    void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out);
-    void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out);
+    // split into pieces first (rbe_split_size values of 16 bits; 3 pieces hold a float32), then gemm_split computes what gemm does from them.
+    void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out);
+    void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out);
     // A thread calls split_begin before its gemm_split calls and split_end after them.
     void (*split_begin)(void);
     void (*split_end)(void);
@@ -138,8 +138,8 @@ RBE_DECLARE_KERNELS(avx2)
 RBE_DECLARE_KERNELS(avx512)
 RBE_DECLARE_KERNELS(neon)
 
-void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out);
-void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out);
+void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out);
+void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out);
 void rbe_split_begin__avx512amx(void);
 void rbe_split_end__avx512amx(void);
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,

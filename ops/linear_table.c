@@ -54,7 +54,7 @@ static void fill_table_split(int64_t begin, int64_t end, void *context) {
             fill_table(k, k + 1, context);
             continue;
         }
-        s->job->kernels->split_cols(g, s->width, s->x + column * s->width, s->width, x);
+        s->job->kernels->split_cols(g, s->width, s->x + column * s->width, s->width, s->pieces, x);
         for (int64_t m = 0; m < stages; ++m)
             s->job->kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + m * rbe_split_size(RBE_BASIS_VECTORS, g),
                                         rbe_float_pieces(s->job->fast), x, s->pieces,

@@ -25,7 +25,7 @@ static double tokens_in_tiles(const rbe_kernels *kernels, int64_t tokens) {
 static bool has_table(const rbe_layout *l) { return l->field != RBE_FIELD_RBE16S && l->residual == RBE_RESIDUAL_NONE; }
 
 // A lane of a dense product: of the micro-kernel, or of the matrix unit with its splits and sums.
-static double dense_lane(const rbe_kernels *kernels) { return kernels->gemm_split ? 0.75 : 1.1; }
+static double dense_lane(const rbe_kernels *kernels, bool fast) { return !kernels->gemm_split ? 1.1 : fast ? 0.3 : 0.75; }
 
 static double unpack_code(const rbe_layout *l) { return l->field == RBE_FIELD_RBE8 || l->field == RBE_FIELD_RBE16S ? 1.0 : UNPACK_CODE; }
 
@@ -44,7 +44,7 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
     const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages, t = (double)tokens;
     const double lanes = tokens_in_tiles(kernels, tokens), table = 256.0 * l->stages * (double)cols;
     const double decoded = decode_weight(kernels, l), split = kernels->gemm_split ? 8.0 : 0.0;
-    const double decode = weights * ((decoded + split) * (double)((tokens + 255) / 256) + dense_lane(kernels) * lanes);
+    const double decode = weights * ((decoded + split) * (double)((tokens + 511) / 512) + dense_lane(kernels, fast) * lanes);
     const double dot = tokens <= TOKENS_DOTTED ? weights * (decoded + DOT_WEIGHT * t) : decode;
     const rbe_path dense = dot < decode ? RBE_PATH_DECODE_DOT : RBE_PATH_DECODE, wanted = forced;
     if (wanted == RBE_PATH_DECODE || wanted == RBE_PATH_DECODE_DOT) return wanted;
@@ -52,7 +52,7 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
     const bool bytes = fast && packed && kernels->lut8_rows && l->field == RBE_FIELD_RBE8;
     if (wanted != RBE_PATH_PLANNED && (wanted != RBE_PATH_LUT8 || bytes)) return wanted;
     if (bytes && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8) return RBE_PATH_LUT8;
-    const double tiles = table * lanes * dense_lane(kernels) + codes * (unpack_code(l) + SUM_LANE * lanes);
+    const double tiles = table * lanes * dense_lane(kernels, fast) + codes * (unpack_code(l) + SUM_LANE * lanes);
     const double token = tokens <= TOKENS_ONE_BY_ONE ? table * 2.0 * t + codes * (unpack_code(l) + GATHER_CODE * t) : tiles;
     if ((token < tiles ? token : tiles) > (dot < decode ? dot : decode)) return dense;
     return token < tiles ? RBE_PATH_TABLE_TOKEN : RBE_PATH_TABLE;
@@ -63,7 +63,7 @@ rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int6
     if (wanted == RBE_PATH_DECODE || !has_table(l)) return RBE_PATH_DECODE;
     if (wanted == RBE_PATH_TABLE) return RBE_PATH_TABLE;
     const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages;
-    const double lanes = tokens_in_tiles(kernels, tokens), lane = dense_lane(kernels);
+    const double lanes = tokens_in_tiles(kernels, tokens), lane = dense_lane(kernels, false);
     const double table = lanes * (3.0 * 256.0 * l->stages * (double)cols * lane + BACKWARD_LANE * codes) + codes * unpack_code(l);
     const double decode = weights * (2.5 * lane * lanes + 3.0 * decode_weight(kernels, l));
     return table < decode ? RBE_PATH_TABLE : RBE_PATH_DECODE;

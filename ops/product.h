@@ -60,8 +60,9 @@ void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row
 static inline bool rbe_wants_split(const rbe_kernels *kernels, int64_t size, int64_t unit) {
     return kernels->gemm_split && 2 * size >= (size + unit - 1) / unit * unit;
 }
-// bfloat16 pieces of a float32 and of an activation: as many as hold the value exactly, at most two, an error of 2^-16, in the fast class
-static inline int rbe_float_pieces(bool fast) { return fast ? 2 : 3; }
+// bfloat16 pieces of a float32 and of an activation: as many as hold the value exactly. In the fast class at most two, an error of 2^-17.
+enum { RBE_WHOLE = 3 };
+static inline int rbe_float_pieces(bool fast) { return fast ? 2 : RBE_WHOLE; }
 static inline int rbe_pieces(rbe_dtype dtype, bool fast) { return dtype == RBE_BF16 ? 1 : dtype == RBE_F16 ? 2 : rbe_float_pieces(fast); }
 // The basis as split rows, [M][rbe_split_size(256, g)] in scratch, or turned: [M][rbe_split_size(g, 256)]; NULL when out of memory.
 const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w);

@@ -57,7 +57,7 @@ const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w)
     const int64_t g = w->layout.group, size = rbe_split_size(RBE_BASIS_VECTORS, g);
     uint16_t *basis = rbe_scratch_take(w->layout.stages * size, sizeof *basis);
     for (int64_t s = 0; basis && s < w->layout.stages; ++s)
-        kernels->split_rows(RBE_BASIS_VECTORS, g, (const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, basis + s * size);
+        kernels->split_rows(RBE_BASIS_VECTORS, g, (const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, RBE_WHOLE, basis + s * size);
     return basis;
 }
 
@@ -69,7 +69,7 @@ const uint16_t *rbe_split_basis_turned(const rbe_kernels *kernels, const rbe_wei
     for (int64_t s = 0; basis && turned && s < w->layout.stages; ++s) {
         kernels->transpose((const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, RBE_BASIS_VECTORS, g, turned, RBE_BASIS_VECTORS,
                            RBE_BASIS_VECTORS);
-        kernels->split_rows(g, RBE_BASIS_VECTORS, turned, RBE_BASIS_VECTORS, basis + s * size);
+        kernels->split_rows(g, RBE_BASIS_VECTORS, turned, RBE_BASIS_VECTORS, RBE_WHOLE, basis + s * size);
     }
     rbe_scratch_end(mark);
     return turned ? basis : NULL;

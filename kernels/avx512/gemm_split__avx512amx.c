@@ -17,18 +17,20 @@ enum { TILE = 512, PIECES = 3, BLOCK = PIECES * TILE };  // bfloat16 values
 
 static inline __mmask16 first(int64_t n) { return n >= 16 ? (__mmask16)0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1u); }
 
-// The pieces of 16 pairs, TILE apart. NaN and infinity stay non-finite: what is cut off of them is NaN.
-static inline void split(__m512 low, __m512 high, uint16_t *out) {
+// The pieces of 16 pairs, TILE apart; the last one is rounded. NaN and infinity stay non-finite: what is cut off of them is NaN.
+static inline void split(__m512 low, __m512 high, int pieces, uint16_t *out) {
     const __m512i kept = _mm512_set1_epi32((int)0xFFFF0000u);
-    for (int piece = 0; piece < PIECES; ++piece) {
+    for (int piece = 0; piece + 1 < pieces; ++piece, out += TILE) {
         const __m512i l = _mm512_castps_si512(low), h = _mm512_castps_si512(high);
-        _mm512_storeu_si512(out + piece * TILE, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(l, 16), h));
+        _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(l, 16), h));
         low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(l, kept)));
         high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(h, kept)));
     }
+    const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)), h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+    _mm512_storeu_si512(out, _mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
 }
 
-void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, uint16_t *out) {
+void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out) {
     const int64_t blocks = (depth + 31) / 32;
     for (int64_t r0 = 0; r0 < rows; r0 += 16) {
         for (int64_t d = 0; d < blocks; ++d, out += BLOCK) {
@@ -38,13 +40,13 @@ void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int6
                 __m512 low = _mm512_setzero_ps(), high = low;
                 if (r0 + r < rows) low = _mm512_maskz_loadu_ps(first(depth - e), line);
                 if (r0 + r < rows && e + 16 < depth) high = _mm512_maskz_loadu_ps(first(depth - e - 16), line + 16);
-                split(low, high, out + r * 32);
+                split(low, high, pieces, out + r * 32);
             }
         }
     }
 }
 
-void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, uint16_t *out) {
+void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out) {
     const int64_t blocks = (depth + 31) / 32;
     for (int64_t c0 = 0; c0 < cols; c0 += 16) {
         const __mmask16 mask = first(cols - c0);
@@ -54,7 +56,7 @@ void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int6
                 __m512 low = _mm512_setzero_ps(), high = low;
                 if (e < depth) low = _mm512_maskz_loadu_ps(mask, b + e * b_row + c0);
                 if (e + 16 < depth) high = _mm512_maskz_loadu_ps(mask, b + (e + 16) * b_row + c0);
-                split(low, high, out + pair * 32);
+                split(low, high, pieces, out + pair * 32);
             }
         }
     }

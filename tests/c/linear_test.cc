@@ -203,6 +203,24 @@ TEST(Linear, ByteTablesErrByLittle) {
     }
 }
 
+// Without byte tables the fast class rounds W to bfloat16 at most, as a dense bfloat16 layer does.
+TEST(Linear, FastClassErrsAsBfloat16Weights) {
+    std::mt19937 random(17);
+    for (const char *layout : {"rbe22_g64", "rbe8x2_g8", "rbe16s_g8", "rbe8x2_g8+int8"}) {
+        for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
+            Forward f(layout, 50, 256, 40, random, Weight::kPacked, dtype);
+            f.reference();
+            for (const std::string &isa : host_isas()) {
+                for (rbe_path path : {RBE_PATH_TABLE, RBE_PATH_DECODE}) {
+                    const Using use(isa, path);
+                    f.run(RBE_ACCURACY_FAST);
+                    expect_near(f.y, f.truth, kFastError, std::string(layout) + " " + isa);
+                }
+            }
+        }
+    }
+}
+
 TEST(Linear, ByteTablesOfZeroAndTinyInputs) {
     if (!byte_lookups()) GTEST_SKIP() << "no byte lookups on this host";
     std::mt19937 random(11);

@@ -20,6 +20,8 @@
 // Largest error over the root mean square of the true values. float32 sums of some hundred products err by less than this.
 constexpr double kFloat32Error = 2e-5;
 constexpr double kBfloat16Step = 0x1p-8, kFloat16Step = 0x1p-11;  // relative error of one rounding
+// W and x rounded to bfloat16: 1.6e-3 root mean square; five times that for the worst of some thousand, and rows differ in size.
+constexpr double kFastError = 2e-2;
 // Bytes for P: uniform rounding to 1/127 of the largest of 64 codes; four times the 1.5 % root mean square for the worst of some hundred.
 constexpr double kByteTableError = 0.08;
 
