@@ -1,0 +1,94 @@
+"""The format: docs/format.md's vectors, bit for bit, on the C operators and on the independent torch reference; encoding against brute force."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operator_cases import make_case
+
+import rbe_torch  # noqa: F401  registers the operators
+from rbe_torch import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(columns: int, first: str) -> list[list[str]]:
+    """The rows of docs/format.md's tables whose first cell starts with `first`."""
+    lines = (ROOT / "docs" / "format.md").read_text().partition("## Test vectors")[2].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in cells if len(row) == columns and row[0].startswith(first)]
+
+
+def signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def test_documented_scales_are_bit_exact():
+    vectors = rows(3, "rbe")
+    assert len(vectors) == 15
+    for field, word, scale in vectors:
+        words = torch.tensor([[[signed(int(word, 16))]]], dtype=torch.int32)
+        keywords = {"layout": f"{field}_g1", "in_features": 1}
+        got = torch.ops.rbe.decode(words, torch.ones(1, 256, 1), torch.ones(1), **keywords)
+        assert got.item() == float.fromhex(scale), (field, word)
+        assert reference.decode(words, torch.ones(1, 256, 1), torch.ones(1), **keywords).item() == float.fromhex(scale), (field, word)
+
+
+def test_documented_rows_pack_to_the_documented_bytes():
+    vectors = rows(4, "rbe")
+    assert len(vectors) == 5
+    for layout, seed, words, data in vectors:
+        codes = torch.tensor([[[signed(int(word, 16))] for word in words.split()]], dtype=torch.int32)
+        keywords = {"layout": layout, "in_features": 8 * codes.shape[1], "seed": int(seed)}
+        packed = torch.tensor([list(bytes.fromhex(data))], dtype=torch.uint8)
+        for side in (torch.ops.rbe, reference):
+            assert torch.equal(side.pack(codes, **keywords), packed), layout
+            assert torch.equal(side.unpack(packed, **keywords), codes), layout
+
+
+@pytest.mark.parametrize("field", ["rbe22", "rbe32"])
+def test_every_curve_decodes_alike_in_c_and_torch(field):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (64, 512, 1), generator=generator)
+    words = (words & (0x3FFFFF if field == "rbe22" else -1)).to(torch.int32)
+    basis, gain, keywords = torch.ones(1, 256, 1), torch.ones(64), {"layout": f"{field}_g1", "in_features": 512}
+    assert torch.equal(torch.ops.rbe.decode(words, basis, gain, **keywords), reference.decode(words, basis, gain, **keywords))
+
+
+def test_generated_curve_table_is_the_checked_in_one():
+    pytest.importorskip("mpmath")
+    done = subprocess.run([sys.executable, ROOT / "kernels" / "generate_curves.py", "--check"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("layout", ["rbe22_g3", "rbe9r_g3", "rbe8_g4", "rbe16s_g8"])
+def test_one_stage_encoding_is_the_joint_minimum(layout):
+    case = make_case(layout, 2, 7, (), torch.float64, seed=9)
+    weight = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    got = torch.ops.rbe.encode(weight, case.basis, case.gain, **case.keywords)
+    want = reference.encode(weight, case.basis, case.gain, **case.keywords)
+    assert torch.equal(got, want)
+
+
+def test_encoding_refuses_what_is_not_finite():
+    case = make_case("rbe22_g8")
+    weight = torch.randn(5, 19)
+    weight[3, 7] = float("nan")
+    with pytest.raises(RuntimeError, match=r"weight: element \[3, 7\]"):
+        torch.ops.rbe.encode(weight, case.basis, case.gain, **case.keywords)
+
+
+@pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe22x2_g8", "rbe16sx2_g8"])
+def test_more_stages_never_encode_worse(layout):
+    fields, _, group = layout.partition("x2")
+    case = make_case(layout, 16, 64, ())
+    weight, gain = torch.randn(16, 64), torch.ones(16)
+    one = torch.ops.rbe.encode(weight, case.basis[:1], gain, layout=fields + group, in_features=64)
+    two = torch.ops.rbe.encode(weight, case.basis, gain, **case.keywords)
+    first = torch.ops.rbe.decode(one, case.basis[:1], gain, layout=fields + group, in_features=64)
+    both = torch.ops.rbe.decode(two, case.basis, gain, **case.keywords)
+    assert (weight - both).square().sum() < (weight - first).square().sum()
