@@ -3,9 +3,6 @@
 
 namespace {
 
-const std::vector<std::string> kLayouts = {"rbe22_g64", "rbe32_g16", "rbe9r_g8",   "rbe22_g1",  "rbe22x2_g3",  "rbe32_g100",      "rbe8x2_g8",
-                                           "rbe8_g128", "rbe8x3_g5", "rbe16s_g8",  "rbe16sx2_g8", "rbe8x2_g8+int8", "rbe22_g32+fp8", "rbe8_g8+lr3",
-                                           "rbe16s_g8+sp0.05"};
 const rbe_path kPaths[] = {RBE_PATH_TABLE, RBE_PATH_DECODE};
 
 struct Gradients {

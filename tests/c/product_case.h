@@ -25,6 +25,10 @@ constexpr double kFastError = 2e-2;
 // Bytes for P: uniform rounding to 1/127 of the largest of 64 codes; four times the 1.5 % root mean square for the worst of some hundred.
 constexpr double kByteTableError = 0.08;
 
+inline const std::vector<std::string> kLayouts = {"rbe22_g64",   "rbe32_g16", "rbe9r_g8",   "rbe22_g1",   "rbe22x2_g3", "rbe32_g100", "rbe9rx2_g128",
+                                           "rbe8x2_g8",   "rbe8_g8",   "rbe8x4_g16", "rbe8x3_g5",  "rbe16s_g8",  "rbe16sx2_g8",
+                                           "rbe8x2_g8+int8", "rbe22_g32+fp8", "rbe8_g8+lr3", "rbe16s_g8+sp0.05"};
+
 inline std::vector<std::string> host_isas() {
     std::vector<std::string> names;
     for (const char *name : {"scalar", "neon", "avx2", "avx512", "avx512vbmi", "avx512amx"})
