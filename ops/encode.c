@@ -28,6 +28,7 @@ typedef struct encoder {
     float *basis32;      // the same in float32
     double *square;      // [M, 256], |b|^2 over a whole group
     double *square_end;  // over the columns of a ragged last group
+    float *square32, *square_end32;
     atomic_bool failed;
 } encoder;
 
@@ -131,18 +132,43 @@ static void add_vector(const encoder *s, int64_t stage, uint32_t word, int64_t d
     }
 }
 
+HOT static void bounds_plain(const float *square, float *bound) {
+    for (int j = 0; j < RBE_BASIS_VECTORS; ++j) bound[j] = square[j] - 2 * bound[j];
+}
+
+HOT static void bounds_scaled(const float *square, float *bound) {
+    for (int j = 0; j < RBE_BASIS_VECTORS; ++j) bound[j] = square[j] > 0 ? -bound[j] * bound[j] / square[j] : 0.0f;
+}
+
+// The first of the smallest. Lanes first: a running minimum of sixteen columns vectorises, one of all numbers does not.
+HOT static int smallest(const float *bound) {
+    float least[16];
+    for (int l = 0; l < 16; ++l) least[l] = bound[l];
+    for (int j = 16; j < RBE_BASIS_VECTORS; j += 16)
+        for (int l = 0; l < 16; ++l) least[l] = bound[j + l] < least[l] ? bound[j + l] : least[l];
+    float low = least[0];
+    for (int l = 1; l < 16; ++l) low = least[l] < low ? least[l] : low;
+    int at = 0;
+    while (at < RBE_BASIS_VECTORS - 1 && bound[at] != low) ++at;
+    return at;
+}
+
+// How many of the 32 numbers are below the limit.
+HOT static int below(const float *bound, float limit) {
+    int count = 0;
+    for (int l = 0; l < 32; ++l) count += bound[l] < limit;
+    return count;
+}
+
 // The error that every idx of a stage would add to |rest|^2 with its best unquantised scale.
-static void bounds(const encoder *s, int64_t stage, int64_t depth, const float *rest, const double *square, float *bound) {
+static void bounds(const encoder *s, int64_t stage, int64_t depth, const float *rest, const float *square, float *bound) {
     const rbe_field field = s->w->layout.field;
     float size[8];
     if (field == RBE_FIELD_RBE16S)
         for (int64_t e = 0; e < depth; ++e) size[e] = fabsf(rest[e]);
     dots32(depth, field == RBE_FIELD_RBE16S ? size : rest, s->basis32 + stage * s->w->layout.group * RBE_BASIS_VECTORS, bound);
     const bool scaled = field != RBE_FIELD_RBE8 && field != RBE_FIELD_RBE16S;
-    for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
-        const float b = (float)square[stage * RBE_BASIS_VECTORS + j];
-        bound[j] = !scaled ? b - 2 * bound[j] : b > 0 ? -bound[j] * bound[j] / b : 0.0f;
-    }
+    (scaled ? bounds_scaled : bounds_plain)(square + stage * RBE_BASIS_VECTORS, bound);
 }
 
 static double size_of(int64_t depth, const float *v) {
@@ -152,7 +178,7 @@ static double size_of(int64_t depth, const float *v) {
 }
 
 // The word of idx j against `rest`, with the scale that fits it best.
-static uint32_t fitted(const encoder *s, int64_t stage, int j, int64_t depth, const float *rest, const double *square) {
+static uint32_t fitted(const encoder *s, int64_t stage, int j, int64_t depth, const float *rest, const float *square) {
     double v[RBE_ENCODE_WIDE], dot = 0, error;
     const bool sizes = s->w->layout.field == RBE_FIELD_RBE16S;
     for (int64_t e = 0; e < depth; ++e) {
@@ -163,9 +189,14 @@ static uint32_t fitted(const encoder *s, int64_t stage, int j, int64_t depth, co
     return word_for(s, stage, j, depth, v, dot, square[stage * RBE_BASIS_VECTORS + j], &error);
 }
 
-static int keep_choices(choice *best, int kept, int from, double base, const float *bound, int only) {
-    for (int j = only < 0 ? 0 : only; j < (only < 0 ? RBE_BASIS_VECTORS : only + 1); ++j) {
-        const float value = (float)(base + bound[j]);
+static int keep_choices(choice *best, int kept, int from, float base, const float *bound, int only) {
+    const int end = only < 0 ? RBE_BASIS_VECTORS : only + 1;
+    for (int j = only < 0 ? 0 : only; j < end; ++j) {
+        if (kept == BEAM && only < 0 && j % 32 == 0) {  // most stretches hold nothing that could enter
+            while (j < end && !below(bound + j, best[BEAM - 1].bound - base)) j += 32;
+            if (j >= end) break;
+        }
+        const float value = base + bound[j];
         if (kept == BEAM && !(value < best[BEAM - 1].bound)) continue;
         int at = kept < BEAM ? kept++ : BEAM - 1;
         for (; at > 0 && value < best[at - 1].bound; --at) best[at] = best[at - 1];
@@ -175,7 +206,7 @@ static int keep_choices(choice *best, int kept, int from, double base, const flo
 }
 
 // words: [M]. buffer: (2 BEAM + 1) * g floats.
-static void best_words(const encoder *s, int64_t depth, const float *v, const double *square, const int *only, float *buffer, int32_t *words) {
+static void best_words(const encoder *s, int64_t depth, const float *v, const float *square, const int *only, float *buffer, int32_t *words) {
     const int64_t stages = s->w->layout.stages, g = s->w->layout.group;
     path beams[2][BEAM];
     for (int b = 0; b < 2 * BEAM; ++b) beams[b / BEAM][b % BEAM].rest = buffer + b * g;
@@ -189,7 +220,7 @@ static void best_words(const encoder *s, int64_t depth, const float *v, const do
         int kept = 0;
         for (int b = 0; b < live; ++b) {
             bounds(s, stage, depth, now[b].rest, square, bound);
-            kept = keep_choices(best, kept, b, now[b].error, bound, only[stage]);
+            kept = keep_choices(best, kept, b, (float)now[b].error, bound, only[stage]);
         }
         for (int b = 0; b < kept; ++b) {
             const path *from = &now[best[b].from];
@@ -213,9 +244,7 @@ static void best_words(const encoder *s, int64_t depth, const float *v, const do
             int j = only[stage];
             if (j < 0) {
                 bounds(s, stage, depth, rest, square, bound);
-                j = 0;
-                for (int i = 1; i < RBE_BASIS_VECTORS; ++i)
-                    if (bound[i] < bound[j]) j = i;
+                j = smallest(bound);
             }
             const uint32_t word = fitted(s, stage, j, depth, rest, square);
             add_vector(s, stage, word, depth, -1.0f, rest, rest);
@@ -264,7 +293,7 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
                 v32[e] = (float)v[e];
             }
             if (stages == 1) words[0] = (int32_t)best_word(s, depth, v, square, only[0]);
-            else best_words(s, depth, v32, square, only, buffer, words);
+            else best_words(s, depth, v32, depth == g ? s->square32 : s->square_end32, only, buffer, words);
         }
     }
     rbe_scratch_end(mark);
@@ -299,7 +328,9 @@ rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *wor
     s.basis32 = rbe_scratch_take(size, sizeof *s.basis32);
     s.square = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square);
     s.square_end = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square_end);
-    if (!s.basis || !s.basis32 || !s.square || !s.square_end) {
+    s.square32 = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square32);
+    s.square_end32 = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square_end32);
+    if (!s.basis || !s.basis32 || !s.square || !s.square_end || !s.square32 || !s.square_end32) {
         status = rbe_out_of_memory(err);
     } else {
         for (int64_t t = 0; t < stages; ++t) {
@@ -314,6 +345,8 @@ rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *wor
                 }
                 s.square[t * RBE_BASIS_VECTORS + j] = square;
                 s.square_end[t * RBE_BASIS_VECTORS + j] = end;
+                s.square32[t * RBE_BASIS_VECTORS + j] = (float)square;
+                s.square_end32[t * RBE_BASIS_VECTORS + j] = (float)end;
             }
         }
         rbe_run(threads, w->rows, rbe_share(threads, w->rows, 1), encode_rows, &s);
