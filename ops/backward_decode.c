@@ -64,7 +64,8 @@ static void tile_dw(const pass *s, const buffers *b, int64_t i0, int64_t rows, i
     const rbe_kernels *kernels = s->backward->job.kernels;
     kernels->transpose(s->dy + i0, s->dy_stride, s->tokens, rows, b->dy, s->tokens, s->tokens);
     if (s->split) {
-        const int dy = rbe_pieces(s->backward->job.y->dtype, false), x = rbe_pieces(s->backward->job.x->dtype, false);
+        // two pieces times two would leave out the product of the second ones, which only the fast class can spare
+        const int x = rbe_pieces(s->backward->job.x->dtype, false), dy = x == 2 ? RBE_WHOLE : x;
         kernels->split_rows(rows, s->tokens, b->dy, s->tokens, dy, b->left);
         kernels->gemm_split(rows, s->tokens, cols, b->left, dy, b->x, x, b->tile, b->reach, false);
     } else {
