@@ -22,7 +22,7 @@ constexpr double kFloat32Error = 2e-5;
 constexpr double kBfloat16Step = 0x1p-8, kFloat16Step = 0x1p-11;  // relative error of one rounding
 // W and x rounded to bfloat16: 1.6e-3 root mean square; five times that for the worst of some thousand, and rows differ in size.
 constexpr double kFastError = 2e-2;
-// Bytes for P: uniform rounding to 1/127 of the largest of 64 codes; four times the 1.5 % root mean square for the worst of some hundred.
+// Bytes for P: uniform rounding to 1/127 of the largest of 64 codes; six times the 1.3 % root mean square for the worst of some hundred.
 constexpr double kByteTableError = 0.08;
 
 inline const std::vector<std::string> kLayouts = {"rbe22_g64",   "rbe32_g16", "rbe9r_g8",   "rbe22_g1",   "rbe22x2_g3", "rbe32_g100", "rbe9rx2_g128",
