@@ -65,7 +65,7 @@ def fp16_values(name: str, tensor: Tensor) -> Tensor:
     """The float32 tensor rounded to values that fp16 holds; ValueError where one is too large."""
     rounded = tensor.detach().half().float()
     if not bool(torch.isfinite(rounded).all()):
-        raise ValueError(f"{name}: holds {float(tensor.abs().max()):.3g}, must be finite and at most 65504, which is all that fp16 holds")
+        raise ValueError(f"{name}: holds {float(tensor.detach().abs().max()):.3g}, must be finite and at most 65504, which is all that fp16 holds")
     return rounded
 
 

@@ -210,9 +210,11 @@ class RBELinear(nn.Module):
         raise AttributeError(_WEIGHT_IS_READ_ONLY)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """nn.Module's, refusing `weight`: assigning a parameter to it would otherwise end in a KeyError."""
+        """nn.Module's, refusing `weight`, which would otherwise end in a KeyError, and in training form `gain`, which nothing would read."""
         if name == "weight":
             raise AttributeError(_WEIGHT_IS_READ_ONLY)
+        if name == "gain" and self.training_form:
+            raise AttributeError("gain: is exp(log_gain) while the layer is in training form; assign log_gain")
         super().register_parameter(name, param)
 
     @property
@@ -243,8 +245,11 @@ class RBELinear(nn.Module):
         log_gain = parameters["log_gain"]
         plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
         run = _ops.linear_inference if plain else _ops.linear
+        amplitude = parameters["amplitude"]
+        if amplitude is not None and x.dtype == torch.float64:
+            amplitude = amplitude.double()  # the operator wants the dtype of its sums
         return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(),
-                   parameters["bias"], parameters["amplitude"], buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
+                   parameters["bias"], amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
                    buffers["residual_right_scale"], **self._options)
 
     def commit_amplitude(self) -> None:

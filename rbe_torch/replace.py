@@ -150,13 +150,14 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
     Every layer gets an amplitude parameter where the layout has one; all of them share one basis (one a device). The variance of the
     weights is that of nn.Linear's initialisation. Biases are kept. include, exclude: see find_linears. Returns the report.
     """
+    from .arguments import seed_value
     from .linear import RBELinear, random_basis
     from .train import start_training
 
     layout = Layout.parse(layout)
     if layout.residual is not None:
         raise ValueError(f"layout: {str(layout)!r} has a residual, which is fitted to a trained weight; use compress, or drop the suffix")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_value(seed))
     found = find_linears(model, include, exclude)
     values = random_basis(layout, generator)
     bases: dict[torch.device, nn.Parameter] = {}

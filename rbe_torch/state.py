@@ -22,7 +22,7 @@ _warned_for: list[str] | None = None  # load_state_dict's own list of missing ke
 
 def find_problem(layer: RBELinear) -> str:
     """RBELinear.problem."""
-    checks = [("basis", layer.basis), ("gain", layer._parameters.get("gain")), ("log_gain", layer.log_gain)]
+    checks = [("basis", layer.basis), ("gain", layer._parameters.get("gain")), ("log_gain", layer.log_gain), ("amplitude", layer.amplitude)]
     for name, tensor in checks:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             return f"{name}: has {int((~torch.isfinite(tensor)).sum())} values that are not finite, must have none"

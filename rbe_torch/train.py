@@ -6,13 +6,14 @@ log(gain) and the bias; idx and the curve of each code stay.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from .codes import amplitude_of
-from .encode import fp16_gain, fp16_values
+from .encode import GAIN_MAX, fp16_gain, fp16_values
 from .linear import RBELinear
 
 # Learning rates relative to `lr`, a starting point. A character GPT (2 blocks, d = 128, tinyshakespeare, rbe22_g16, lr 1e-3, cosine, 800 steps, one
@@ -27,7 +28,7 @@ def start_training(layer: RBELinear) -> None:
         return
     gain = layer._parameters["gain"].detach()
     layer.log_gain = nn.Parameter(gain.log())
-    del layer._parameters["gain"]
+    layer._parameters["gain"] = None  # the entry keeps its place: optimiser states go by the order of parameters
     layer.basis.requires_grad_(True)
     if layer.layout.has_amplitude:
         words = torch.ops.rbe.unpack(layer.packed, **layer._options)
@@ -49,21 +50,25 @@ def prepare_training(model: nn.Module, method: str = "direct") -> nn.Module:
 def finish_training(model: nn.Module) -> nn.Module:
     """Ends training form in place: amplitudes go into the codes, basis and gain are rounded to what fp16 holds and stop being trained.
 
-    From here on saving and loading is bit-exact. Layers that are not in training form have their basis and gain rounded all the same.
-    ValueError: a basis or gain that is not finite, or outside what fp16 holds.
+    From here on saving and loading is bit-exact. Layers that are not in training form have their basis and gain rounded all the same; a gain below
+    what fp16 holds becomes its smallest positive value. ValueError, before anything is changed: an amplitude, basis or gain that is not finite, a basis
+    or gain beyond what fp16 holds, or a layer on the meta device.
     """
     layers = _layers(model)
     for layer in layers:
-        problem = layer.problem()
+        problem = "model: has a layer on the meta device, which has no values to finish" if layer.packed.is_meta else layer.problem()
         if problem:
             raise ValueError(problem)
     tables = [fp16_values("basis", layer.basis) for layer in layers]
-    for layer, table in zip(layers, tables, strict=True):
+    gains = [layer.gain.detach() for layer in layers]
+    for gain in gains:
+        if float(gain.max()) > GAIN_MAX:
+            raise ValueError(f"gain: holds {float(gain.max()):.3g}, must be at most {GAIN_MAX:.0f}, which is all that fp16 holds")
+    for layer, table, gain in zip(layers, tables, gains, strict=True):
         layer.commit_amplitude()
-        gain = fp16_gain(layer.gain.detach())
         layer.amplitude = None
         layer.log_gain = None
-        layer._parameters["gain"] = nn.Parameter(gain, requires_grad=False)
+        layer._parameters["gain"] = nn.Parameter(fp16_gain(gain), requires_grad=False)
         layer.basis.requires_grad_(False)
         with torch.no_grad():
             layer.basis.copy_(table)
@@ -76,8 +81,8 @@ def param_groups(model: nn.Module, lr: float = 1e-3) -> list[dict[str, Any]]:
     Amplitudes and basis take far larger rates than dense weights do (100 and 50 times `lr`, a starting point), and with the gains no weight
     decay: torch.optim.AdamW(rbe_torch.param_groups(model), betas=(0.9, 0.98)).
     """
-    if not lr > 0:
-        raise ValueError(f"lr: is {lr}, must be positive")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: is {lr}, must be positive and finite")
     groups = {
         "amplitude": {"params": [], "lr": lr * AMPLITUDE_RATE, "weight_decay": 0.0},
         "basis": {"params": [], "lr": lr * BASIS_RATE, "weight_decay": 0.0},
