@@ -29,6 +29,7 @@ typedef struct encoder {
     double *square;      // [M, 256], |b|^2 over a whole group
     double *square_end;  // over the columns of a ragged last group
     float *square32, *square_end32;
+    double unit;  // a power of two that brings the basis near 1, so that squares stay inside float32
     atomic_bool failed;
 } encoder;
 
@@ -50,7 +51,7 @@ HOT static void dots32(int64_t depth, const float *v, const float *basis, float 
 
 static double original(const encoder *s, int64_t stage, int64_t j, int64_t e) {
     const int64_t g = s->w->layout.group;
-    return real_at(s->w->basis, s->w->real, (stage * RBE_BASIS_VECTORS + j) * g + e);
+    return s->unit * real_at(s->w->basis, s->w->real, (stage * RBE_BASIS_VECTORS + j) * g + e);
 }
 
 static uint32_t signs_of(const encoder *s, int64_t stage, int64_t j, int64_t depth, const double *v) {
@@ -289,7 +290,7 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
                 continue;
             }
             for (int64_t e = 0; e < depth; ++e) {
-                v[e] = real_at(s->dense->data, s->dense->dtype, i * s->dense->row_stride + (k * g + e) * s->dense->col_stride) / gain;
+                v[e] = real_at(s->dense->data, s->dense->dtype, i * s->dense->row_stride + (k * g + e) * s->dense->col_stride) / gain * s->unit;
                 v32[e] = (float)v[e];
             }
             if (stages == 1) words[0] = (int32_t)best_word(s, depth, v, square, only[0]);
@@ -299,7 +300,15 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     rbe_scratch_end(mark);
 }
 
-static rbe_status check(const rbe_weight *w, const rbe_matrix *dense, rbe_error *err) {
+static rbe_status check(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
+    const rbe_layout *l = &w->layout;
+    if (l->stages < 1 || l->stages > RBE_ENCODE_STAGES || l->group < 1 || (l->field == RBE_FIELD_RBE16S && l->group != RBE_ENCODE_WIDE))
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "layout: has %d stages and groups of %d; must have 1 to %d stages, groups of at least 1, and of 8 for rbe16s",
+                        (int)l->stages, (int)l->group, RBE_ENCODE_STAGES);
+    if (w->rows < 0 || w->cols < 0 || w->groups != (w->cols + l->group - 1) / l->group)
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "groups: was %lld; must be those of %lld columns", (long long)w->groups, (long long)w->cols);
+    if (!words || !w->basis || !w->gain || !dense || (!dense->data && w->rows && w->cols))
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "words, basis, gain or weight: is NULL; must not be");
     if (dense->dtype != RBE_F32 && dense->dtype != RBE_F64) return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: must be float32 or float64");
     if (dense->rows != w->rows || dense->cols != w->cols)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: is %lld x %lld; must be %lld x %lld", (long long)dense->rows, (long long)dense->cols,
@@ -316,14 +325,21 @@ static rbe_status check(const rbe_weight *w, const rbe_matrix *dense, rbe_error 
     return RBE_OK;
 }
 
+static double unit_of(const rbe_weight *w) {
+    double most = 0;
+    const int64_t size = (int64_t)w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
+    for (int64_t i = 0; i < size; ++i) most = fmax(most, fabs(real_at(w->basis, w->real, i)));
+    return most > 0 ? ldexp(1.0, -ilogb(most)) : 1.0;
+}
+
 rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_parallel *threads, rbe_error *err) {
-    rbe_status status = check(w, dense, err);
+    rbe_status status = check(w, dense, words, err);
     if (status != RBE_OK) return status;
     const int64_t g = w->layout.group, stages = w->layout.stages, size = stages * g * RBE_BASIS_VECTORS;
     const int64_t ragged = w->cols - (w->groups - 1) * g;
     const bool sizes = w->layout.field == RBE_FIELD_RBE16S;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    encoder s = {.w = w, .dense = dense, .words = words};
+    encoder s = {.w = w, .dense = dense, .words = words, .unit = unit_of(w)};
     s.basis = rbe_scratch_take(size, sizeof *s.basis);
     s.basis32 = rbe_scratch_take(size, sizeof *s.basis32);
     s.square = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square);
