@@ -1,26 +1,30 @@
-"""The format: docs/format.md's vectors, bit for bit, on the C operators and on the independent torch reference; encoding against brute force."""
+"""The format: docs/format.md's vectors bit for bit, on the C operators and on the torch reference; encoding against brute force."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from operator_cases import make_case
+from operator_cases import make_case, split
 
 import rbe_torch  # noqa: F401  registers the operators
 from rbe_torch import reference
 
 ROOT = Path(__file__).resolve().parent.parent
+SEED_OF_IDX_0 = 133  # gives idx 0 to the first code of a layer
 
 
-def rows(columns: int, first: str) -> list[list[str]]:
-    """The rows of docs/format.md's tables whose first cell starts with `first`."""
+def rows(columns: int, first: str, second: str = "") -> list[list[str]]:
+    """The rows of docs/format.md's tables whose first cells start with `first` and, minus signs aside, `second`."""
     lines = (ROOT / "docs" / "format.md").read_text().partition("## Test vectors")[2].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    return [row for row in cells if len(row) == columns and row[0].startswith(first)]
+    return [row for row in cells if len(row) == columns and row[0].startswith(first) and row[1].lstrip("-").startswith(second)]
 
 
 def signed(word: int) -> int:
@@ -38,11 +42,44 @@ def test_documented_scales_are_bit_exact():
         assert reference.decode(words, torch.ones(1, 256, 1), torch.ones(1), **keywords).item() == float.fromhex(scale), (field, word)
 
 
+def test_documented_curve_table_is_the_data_and_the_formulas():
+    (documented,) = re.findall(r"^`([0-9a-f]{64})`", (ROOT / "docs" / "format.md").read_text(), re.MULTILINE)
+    data = (ROOT / "kernels" / "curve_table.c").read_text().partition("] = {")[2]
+    values = [float.fromhex(number) for number in re.findall(r"(-?0x1\.[0-9a-f]+p[+-]\d+|\b0\.0)f", data)]
+    assert len(values) == 32 * 257
+    for table in (values, reference.curve_table().flatten().tolist()):
+        assert hashlib.sha256(struct.pack(f"<{len(table)}f", *table)).hexdigest() == documented
+
+
+def test_documented_amplitudes_round_to_the_documented_words():
+    vectors = rows(4, "rbe", second="0x")
+    assert len(vectors) == 10
+    for field, amplitude, word, _ in vectors:
+        keywords = {"layout": f"{field}_g1", "in_features": 1, "seed": SEED_OF_IDX_0 if field == "rbe9r" else 0}
+        value = torch.full((1, 1, 1), float.fromhex(amplitude), dtype=torch.float32)
+        assert value.item() == float.fromhex(amplitude)
+        start, made = (torch.tensor([[[signed(w)]]], dtype=torch.int32) for w in (0x001C0000, int(word, 16)))
+        want = reference.scale(made, field).item()
+        for decode in (torch.ops.rbe.decode, reference.decode):
+            assert decode(start, torch.ones(1, 256, 1), torch.ones(1), value, **keywords).item() == want, (field, amplitude)
+
+
+def test_documented_seeds_give_the_documented_idx():
+    vectors = [[int(cell) for cell in row] for row in rows(7, "") if row[0].isdigit()]
+    assert len(vectors) == 4
+    for seed, i, k, s, groups, stages, idx in vectors:
+        keywords = {"layout": f"rbe9rx{stages}_g1", "in_features": groups, "seed": seed, "row0": i, "k0": k}
+        packed = torch.zeros(1, -(-9 * stages // 8), dtype=torch.uint8)
+        for side in (torch.ops.rbe, reference):
+            assert side.unpack(packed, **keywords)[0, 0, s].item() >> 10 & 255 == idx
+
+
 def test_documented_rows_pack_to_the_documented_bytes():
-    vectors = rows(4, "rbe")
-    assert len(vectors) == 5
+    vectors = [row for row in rows(4, "rbe") if row[1].isdigit()]
+    assert len(vectors) == 6
     for layout, seed, words, data in vectors:
-        codes = torch.tensor([[[signed(int(word, 16))] for word in words.split()]], dtype=torch.int32)
+        stages = split(layout)[1]
+        codes = torch.tensor([signed(int(word, 16)) for word in words.split()], dtype=torch.int32).reshape(1, -1, stages)
         keywords = {"layout": layout, "in_features": 8 * codes.shape[1], "seed": int(seed)}
         packed = torch.tensor([list(bytes.fromhex(data))], dtype=torch.uint8)
         for side in (torch.ops.rbe, reference):
