@@ -1,0 +1,47 @@
+"""Importing the package: which torch it refuses, and that a name it lacks is an ordinary AttributeError."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import rbe_torch
+
+
+def in_a_fresh_process(code: str) -> None:
+    """Runs `code` with this process's path; its own assertions decide."""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("found", ["2.9.1+cpu", "1.13.0"])
+def test_an_older_torch_is_refused_with_what_was_found_and_what_is_needed(found: str) -> None:
+    in_a_fresh_process(f"""
+import torch
+torch.__version__ = {found!r}
+try:
+    import rbe_torch
+except ImportError as error:
+    assert "needs torch >= 2.10" in str(error) and "found torch {found}" in str(error), error
+else:
+    raise AssertionError("imported")
+""")
+
+
+@pytest.mark.parametrize("found", ["2.10.0", "2.10.0a0+git123abc", "3.0.0"])
+def test_the_oldest_and_newer_versions_are_taken(found: str) -> None:
+    in_a_fresh_process(f"import torch; torch.__version__ = {found!r}; import rbe_torch")
+
+
+@pytest.mark.parametrize("name", ["Reindexer", "hyperbolic", "no_such_thing"])
+def test_a_name_that_is_not_there_is_an_attribute_error(name: str) -> None:
+    assert not hasattr(rbe_torch, name) and name not in dir(rbe_torch) and name not in rbe_torch.__all__
+    with pytest.raises(AttributeError, match=f"module 'rbe_torch' has no attribute '{name}'"):
+        getattr(rbe_torch, name)
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(rbe_torch.__all__) <= set(dir(rbe_torch)) and all(callable(getattr(rbe_torch, name)) for name in rbe_torch.__all__)
