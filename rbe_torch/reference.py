@@ -133,11 +133,11 @@ class _StayInside(torch.autograd.Function):
         return a.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ANN001, ARG004
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> Tensor:
         (a,) = ctx.saved_tensors
         return torch.where((a.abs() >= 1) & (a * grad < 0), torch.zeros_like(grad), grad)
 
