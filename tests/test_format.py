@@ -98,7 +98,9 @@ def test_every_curve_decodes_alike_in_c_and_torch(field):
 
 def test_generated_curve_table_is_the_checked_in_one():
     pytest.importorskip("mpmath")
-    done = subprocess.run([sys.executable, ROOT / "kernels" / "generate_curves.py", "--check"], check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / "kernels" / "generate_curves.py", "--check"], check=False, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
