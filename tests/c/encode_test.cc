@@ -90,12 +90,29 @@ TEST(EncodeOneStage, ScaleIsTheNearestAndTiesGoToTheLowestWord) {
     }
 }
 
+// Words (amp_fine 0) of the cells in which a curve moves least.
+std::vector<uint32_t> flattest_cells(size_t count) {
+    std::vector<std::pair<double, uint32_t>> cells;
+    for (uint32_t curve = 0; curve < RBE_CURVES; ++curve)
+        for (uint32_t amp = 0; amp < 256; ++amp)
+            cells.push_back({std::fabs((double)rbe_curve_table[curve][amp + 1] / rbe_curve_table[curve][amp] - 1),
+                             curve / 2 << RBE_SUB_SHIFT | (curve & 1) << RBE_DERIV_SHIFT | amp});
+    std::sort(cells.begin(), cells.end());
+    std::vector<uint32_t> words;
+    for (size_t i = 0; i < count; ++i) words.push_back(cells[i].second);
+    return words;
+}
+
 TEST(EncodeOneStage, FineScaleIsTheNearestOfAllMillions) {
     std::mt19937 random(42);
     std::uniform_real_distribution<double> uniform(-8, 8);
     std::vector<double> targets = {0.0, 1.0, -1.0, 1e-9, -3e-6, 7.38, 7.3890562, 9.0, 0.5, 0.0078, -0.1, -0.3};
     for (int i = 0; i < 12; ++i) targets.push_back(uniform(random));
     for (int i = 0; i < 8; ++i) targets.push_back(rbe_reference_scale(RBE_FIELD_RBE32, (uint32_t)random()));
+    for (uint32_t cell : flattest_cells(8)) {  // many fine steps share one float32 there: the lowest of them is wanted, from either side
+        const double value = rbe_reference_scale(RBE_FIELD_RBE32, cell | (uint32_t)(random() % 1024) << RBE_FINE_SHIFT);
+        targets.insert(targets.end(), {value * (1 - 1e-10), value * (1 + 1e-10)});
+    }
     std::vector<double> least(targets.size(), INFINITY);
     std::vector<uint32_t> wanted(targets.size());
     for (uint32_t top = 0; top < 1u << 14; ++top) {     // amp_fine, cat, sub
