@@ -24,8 +24,9 @@ from .layout import BASIS_VECTORS, Layout
 
 SAMPLE_VECTORS = 1 << 20  # N at most
 SAMPLE_NUMBERS = 1 << 23  # N * g at most
-# (N, rounds): a small sample moves the table quickly but overfits (two stages of g = 8 have 65536 cells), so the last rounds take all of it.
-_ADDITIVE_ROUNDS = ((1 << 16, 10), (1 << 18, 8), (SAMPLE_VECTORS, 6))
+# (N, rounds): a small sample moves the table quickly but overfits (two stages of g = 8 have 65536 cells), so the last rounds take a large one.
+# MiniLM, 2 stages: relative error 0.0974; with twice the vectors and rounds, at twice the time, 0.0969.
+_ADDITIVE_ROUNDS = ((1 << 15, 6), (1 << 17, 6), (1 << 19, 4))
 _LLOYD_ROUNDS = 10
 _LINE_ROUNDS = 15
 _RIDGE = 1e-4  # of a vector's mean count: the data fix only the sum of the stages, not a constant moved from one to another
@@ -153,7 +154,7 @@ def _lloyd(vectors: Tensor, generator: torch.Generator) -> Tensor:
 
 # ---- trainers: vectors [N, g] -> basis [M, 256, g] --------------------------------------------------------------------------------
 def _fit_additive(vectors: Tensor, layout: Layout, generator: torch.Generator, tick: Tick) -> Tensor:
-    left, stages = vectors[: _ADDITIVE_ROUNDS[0 if layout.stages > 1 else -1][0]], []
+    left, stages = vectors[: _ADDITIVE_ROUNDS[0][0]] if layout.stages > 1 else vectors, []
     for stage in range(layout.stages):
         stages.append(_lloyd(left, generator))
         left = left - stages[-1][_nearest(left, stages[-1][None])[:, 0]]
@@ -189,7 +190,8 @@ def _least_squares(vectors: Tensor, codes: Tensor, generator: torch.Generator) -
     counts.diagonal().add_(_RIDGE * len(vectors) / BASIS_VECTORS)
     basis = torch.linalg.solve(counts, right).float()
     column = codes + BASIS_VECTORS * torch.arange(stages)
-    drawn = torch.randint(len(vectors), (len(unused),), generator=generator)
+    order = torch.randperm(len(vectors), generator=generator)
+    drawn = order.repeat(-(-len(unused) // len(order)))[: len(unused)]
     left = vectors[drawn] - basis[column[drawn]].sum(1)
     basis[unused] = left + basis[column[drawn, unused // BASIS_VECTORS]]
     return basis.view(stages, BASIS_VECTORS, -1)

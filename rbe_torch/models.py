@@ -58,7 +58,7 @@ def load_config(path: Path) -> Any:
     transformers = _transformers()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; a model directory has a config.json")
+        raise ValueError(f"{file}: there is no such file; a model directory has a config.json, and models are not downloaded")
     return transformers.AutoConfig.from_pretrained(file)
 
 

@@ -17,7 +17,7 @@ from rbe_torch.linear import RBELinear
 
 # Relative squared error on iid Gaussian weights that the basis was not fitted to: (rate-distortion bound at the code's bits, what is accepted).
 GAUSSIAN_BOUNDS = {
-    "rbe8_g8": (0.25, 0.36), "rbe8x2_g8": (0.0625, 0.105), "rbe16s_g8": (0.0625, 0.12), "rbe8x3_g8": (0.0156, 0.036), "rbe8x4_g8": (0.0039, 0.013),
+    "rbe8_g8": (0.25, 0.36), "rbe8x2_g8": (0.0625, 0.105), "rbe16s_g8": (0.0625, 0.12), "rbe8x3_g8": (0.0156, 0.036),
 }
 REPORT_TOLERANCE = 1e-5  # float32 decode against float64 decode
 FAST = ["rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe22_g16", "rbe9r_g16"]
@@ -102,9 +102,9 @@ def test_reported_bytes_are_those_of_the_tensors():
 @pytest.mark.parametrize("layout", GAUSSIAN_BOUNDS)
 def test_error_on_unseen_gaussian_weights_is_near_the_bound(layout):
     least, most = GAUSSIAN_BOUNDS[layout]
-    basis = fit_basis([gaussian(512, 768)], layout)
-    weight = gaussian(256, 768, seed=1)
-    linear = nn.Linear(768, 256, bias=False)
+    basis = fit_basis([gaussian(256, 768)], layout)
+    weight = gaussian(64, 768, seed=1)
+    linear = nn.Linear(768, 64, bias=False)
     linear.weight.data = weight
     w = RBELinear.from_linear(linear, layout, basis).weight
     error = float((weight - w).square().sum() / weight.square().sum())
@@ -132,7 +132,7 @@ def test_a_residual_lowers_the_error(suffix):
 
 def test_the_layer_computes_with_the_compressed_weight(bert):
     ids = torch.arange(20).view(2, 10)
-    compress_quietly(bert, "rbe8x4_g8")
+    compress_quietly(bert, "rbe8x2_g8")
     with torch.no_grad():
         got = bert(ids).logits
         for name, module in list(bert.named_modules()):
@@ -307,7 +307,7 @@ def test_small_and_large_weights_keep_their_precision(scale):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_models_of_other_dtypes_keep_them(dtype):
     model = small_net().to(dtype)
-    compress_quietly(model, "rbe8x4_g8")
+    compress_quietly(model, "rbe8x2_g8")
     assert model[0].weight.dtype == model[0].bias.dtype == dtype
     assert model(torch.randn(3, 37, dtype=dtype)).dtype == dtype
 
