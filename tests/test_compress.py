@@ -295,10 +295,10 @@ def test_a_model_of_zeros_can_be_compressed():
     assert bool(torch.isfinite(model[0].weight).all())
 
 
-@pytest.mark.parametrize("scale", [3e-5, 1e4])
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**16])
 def test_small_and_large_weights_keep_their_precision(scale):
     model = small_net()
-    model[0].weight.data *= scale / model[0].weight.abs().max()
+    model[0].weight.data *= scale  # rows of 2e-5 and of 6e3
     report = compress_quietly(model, "rbe8x2_g8", include="^0$")
     plain = compress_quietly(small_net(), "rbe8x2_g8", include="^0$")
     # another scale rounds the gains to fp16 differently and k-means may end elsewhere (0.017 to 0.036 seen); lost digits would cost far more
@@ -315,7 +315,7 @@ def test_models_of_other_dtypes_keep_them(dtype):
 
 # ---- what the user is told -------------------------------------------------------------------------------------------------------
 def test_a_layout_that_cannot_hold_trained_weights_says_so():
-    with pytest.warns(UserWarning, match=r"rbe22_g32 loses .* relative squared error 0\.\d+.*rbe8x2_g8"):
+    with pytest.warns(UserWarning, match=r"rbe22_g32 loses .*\(relative squared error 0\.\d+.*rbe8x2_g8"):
         report = rbe_torch.compress(nn.Sequential(nn.Linear(128, 128)), "rbe22_g32", progress=False)
     assert report.notes and f"{report.relative_error:.3f}" in report.notes[0]
 
