@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The operators, called from Python, under AddressSanitizer and under valgrind (GCC, Linux, after `make test`).
-# CPython and torch leak and read oddly on their own, so a leak or an invalid access counts where a frame of it lies in librbe.
+# CPython and torch leak and read oddly on their own, so a leak or an invalid access counts where a function rbe_* is in its trace.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
@@ -28,8 +28,8 @@ for path in PATHS.values():
 # $1: name, $2: log, $3: how a record of an error begins there
 verdict() {
     local ours
-    ours=$(awk -v start="$3" '$0 ~ start { if (record ~ /librbe/) print record; record = "" } { record = record "\n" $0 }
-                              END { if (record ~ /librbe/) print record }' "$2")
+    ours=$(awk -v start="$3" -v ours='(in|:) rbe_[a-z]' '$0 ~ start { if (record ~ ours) print record; record = "" } { record = record "\n" $0 }
+                              END { if (record ~ ours) print record }' "$2")
     [ -z "$ours" ] || { echo "$ours"; echo "$1: errors in librbe, above; everything is in $2"; exit 1; }
     echo "$1: no error in librbe"
 }
@@ -48,5 +48,5 @@ echo "valgrind"
 cmake -S "$root" -B "$work/plain" -DRBE_CUDA=0 -DCMAKE_C_FLAGS=-g >/dev/null
 cmake --build "$work/plain" --target rbe --parallel >/dev/null
 stage "$work/plain"
-valgrind -q --leak-check=full --error-limit=no --num-callers=30 --log-file="$work/valgrind.log" "$python" -c "$calls"
+valgrind -q --leak-check=full --show-leak-kinds=definite --error-limit=no --num-callers=30 --log-file="$work/valgrind.log" "$python" -c "$calls"
 verdict valgrind "$work/valgrind.log" '==[0-9]+== $'
