@@ -328,7 +328,10 @@ static rbe_status check(const rbe_weight *w, const rbe_matrix *dense, const int3
 static double unit_of(const rbe_weight *w) {
     double most = 0;
     const int64_t size = (int64_t)w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
-    for (int64_t i = 0; i < size; ++i) most = fmax(most, fabs(real_at(w->basis, w->real, i)));
+    for (int64_t i = 0; i < size; ++i) {  // not fmax: GCC 12 for aarch64 fails on its reduction
+        const double value = fabs(real_at(w->basis, w->real, i));
+        most = value > most ? value : most;
+    }
     return most > 0 ? ldexp(1.0, -ilogb(most)) : 1.0;
 }
 
