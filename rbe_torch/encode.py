@@ -12,7 +12,8 @@ from .layout import Layout
 
 GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # positive fp16
 _LARGEST_SCALE = 6.0  # codes reach exp(2) - 1 = 6.39; a little room is left
-_ROUNDS = 2  # of fitting the gain to the codes and encoding again
+_PROBED_ROWS = 64
+_MUCH_BETTER = 0.9  # of the squared error
 
 
 @dataclass
@@ -75,35 +76,41 @@ def fp16_gain(gain: Tensor) -> Tensor:
 
 
 def _fit_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> tuple[Tensor, Tensor]:
-    """(gain, codes): alternates the least-squares gain of each row for its codes with encoding; keeps the better of both for each row."""
+    """(gain, codes): each row is divided by its root mean square, encoded, and where the codes have no scale of their own gets the gain that fits them
+    best. The rows are not encoded again with that gain: in rows with a few large weights it grows towards those and the rest gets coarser, which
+    lowers the squared error and still cost MiniLM 0.03-0.07 in cosine to its dense embeddings.
+    """
     m, n = weight.shape
+    size = weight.square().mean(1).sqrt()
     # a typical vector of the reconstruction at gain 1 has this root mean square
     unit = basis.square().mean((1, 2)).sum().sqrt().clamp(min=1e-20)
-    gain = weight.square().mean(1).sqrt() / unit
     if layout.has_amplitude:
         padded = torch.nn.functional.pad(weight, (0, layout.groups(n) * layout.group - n))
         largest = padded.view(m, -1, layout.group).square().mean(2).sqrt().amax(1)
-        gain = torch.maximum(gain, largest / (unit * _LARGEST_SCALE * layout.stages**0.5))
+        gain = _checked_gain(torch.maximum(size / unit, largest / (unit * _LARGEST_SCALE * layout.stages**0.5)), unit)
+        return gain, torch.ops.rbe.encode(weight, basis, gain, **options)
+    # fit_basis makes tables for rows of root mean square 1, whatever their unit; another table is met by its unit
+    some = slice(None, None, -(-m // _PROBED_ROWS))
+    one, met = (float(_encode_rows(weight[some], basis, _checked_gain(gain[some], unit), options)[2]) for gain in (size, size / unit))
+    gain, codes, _ = _encode_rows(weight, basis, _checked_gain(size / unit if met < _MUCH_BETTER * one else size, unit), options)
+    return gain, codes
+
+
+def _encode_rows(weight: Tensor, basis: Tensor, gain: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes at a given gain; the least-squares gain of each row for those codes; the squared error with it. Returned as (gain, codes, error)."""
+    codes = torch.ops.rbe.encode(weight, basis, gain, **options)
+    plain = {**options, "layout": str(options["layout"]).partition("+")[0]}
+    unscaled = torch.ops.rbe.decode(codes, basis, torch.ones_like(gain), **plain)
+    fitted = (unscaled * weight).sum(1) / unscaled.square().sum(1).clamp(min=1e-30)
+    gain = torch.where(fitted > 0, fp16_gain(fitted), gain)
+    return gain, codes, (weight - gain[:, None] * unscaled).square().sum()
+
+
+def _checked_gain(gain: Tensor, unit: Tensor) -> Tensor:
     if float(gain.max()) > GAIN_MAX:
         raise ValueError(f"basis: is so small (root mean square {float(unit):.3g}) that a row needs a gain of {float(gain.max()):.3g}, "
                          f"more than the {GAIN_MAX:.0f} that fp16 holds")
-    gain = fp16_gain(gain)
-    best_codes = torch.ops.rbe.encode(weight, basis, gain, **options)
-    best_gain, best_error = gain, torch.full((m,), float("inf"), device=weight.device)
-    codes = best_codes
-    plain = {**options, "layout": str(layout).partition("+")[0]}
-    ones = torch.ones_like(gain)
-    for _ in range(_ROUNDS + 1):
-        unscaled = torch.ops.rbe.decode(codes, basis, ones, **plain)
-        fitted = (unscaled * weight).sum(1) / unscaled.square().sum(1).clamp(min=1e-30)
-        gain = torch.where(fitted > 0, fp16_gain(fitted), gain)
-        error = (weight - gain[:, None] * unscaled).square().sum(1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_gain = torch.where(better, gain, best_gain)
-        best_codes = torch.where(better[:, None, None], codes, best_codes)
-        codes = torch.ops.rbe.encode(weight, basis, gain, **options)
-    return best_gain, best_codes
+    return fp16_gain(gain)
 
 
 def fit_residual(rest: Tensor, layout: Layout) -> dict[str, Tensor]:
