@@ -70,6 +70,9 @@ static inline uint32_t rbe_field_constant(rbe_field field) {
     return field == RBE_FIELD_RBE9R ? 1u << RBE_CAT_SHIFT | 3u << RBE_SUB_SHIFT : 0u;
 }
 
+// Whether codes of this layout have an amplitude; without one their scale is 1.
+static inline int rbe_field_has_scale(rbe_field field) { return field != RBE_FIELD_RBE8 && field != RBE_FIELD_RBE16S; }
+
 static inline int rbe_field_bits(rbe_field field) {
     static const int bits[RBE_FIELD_COUNT] = {32, 22, 8, 16, 9};
     return bits[field];

@@ -1,6 +1,7 @@
 // Refuses arguments of a product that do not fit the weight, before any memory behind them is read.
 #include <math.h>
 
+#include "../kernels/reference/reference.h"
 #include "product.h"
 
 rbe_status rbe_out_of_memory(rbe_error *err) { return rbe_fail(err, RBE_OUT_OF_MEMORY, "workspace: out of memory"); }
@@ -10,17 +11,16 @@ static const char *dtype_name(rbe_dtype dtype) {
     return (unsigned)dtype < 4 ? names[dtype] : "unknown";
 }
 
-static rbe_status check_gain(const rbe_weight *w, rbe_error *err) {
+rbe_status rbe_check_gain(const rbe_weight *w, rbe_error *err) {
     for (int64_t i = 0; i < w->rows; ++i) {
-        const double gain = w->real == RBE_F64 ? ((const double *)w->gain)[i] : (double)((const float *)w->gain)[i];
+        const double gain = rbe_real_at(w->gain, w->real, i);
         if (!isfinite(gain)) return rbe_fail(err, RBE_BAD_ARGUMENT, "gain: row %lld is %g, must be finite", (long long)i, gain);
     }
     return RBE_OK;
 }
 
 static rbe_status check_sparse(const rbe_weight *w, rbe_error *err) {
-    const double wanted = rint(w->layout.fraction * (double)w->cols);
-    const int64_t count = wanted < 1.0 ? 1 : (int64_t)wanted;
+    const int64_t count = rbe_reference_sparse_count(w);
     const int32_t *column = w->residual.right;
     for (int64_t i = 0; i < w->rows; ++i) {
         for (int64_t p = 0, last = -1; p < count; ++p, ++column) {
@@ -61,12 +61,12 @@ rbe_status rbe_check_weight(const rbe_weight *w, rbe_error *err) {
     if (!w->basis || !w->gain) return rbe_fail(err, RBE_BAD_ARGUMENT, "%s: is missing", w->basis ? "gain" : "basis");
     if (w->layout.field == RBE_FIELD_RBE16S && w->layout.group != 8)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "layout: rbe16s has eight signs, so its group must be 8, not %d", (int)w->layout.group);
-    if (w->amplitude && (w->layout.field == RBE_FIELD_RBE8 || w->layout.field == RBE_FIELD_RBE16S))
+    if (w->amplitude && !rbe_field_has_scale(w->layout.field))
         return rbe_fail(err, RBE_BAD_ARGUMENT, "amplitude: is given, but codes of %d bits have scale 1 and no amplitude", (int)w->layout.bits);
     if (w->amplitude && !w->rounded && w->real != RBE_F64)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "rounded: is false with %s, but only float64 computes with unrounded amplitudes",
                         dtype_name(w->real));
-    const rbe_status gain = check_gain(w, err);
+    const rbe_status gain = rbe_check_gain(w, err);
     return gain != RBE_OK ? gain : check_residual(w, err);
 }
 

@@ -4,7 +4,7 @@
 // time.
 #include <string.h>
 
-#include "rbe.h"
+#include "product.h"
 
 // Word <-> the code's stored bits, for the layouts that do not store the word as it is.
 static inline uint32_t squeeze(rbe_field field, uint32_t w) {
@@ -34,7 +34,7 @@ static uint32_t seeded(const rbe_weight *w, int64_t row, int64_t q) {
 }
 
 // Sizes must be positive, agree with each other and fit an int64 when multiplied out; also says where the shard lies.
-static rbe_status check_shape(const rbe_weight *w, rbe_error *err) {
+rbe_status rbe_check_shape(const rbe_weight *w, rbe_error *err) {
     const rbe_layout *l = &w->layout;
     if ((unsigned)l->field >= RBE_FIELD_COUNT || l->bits != rbe_field_bits(l->field) || l->group < 1 || l->stages < 1)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "layout: field %d, %d bits, group %d, %d stages is not a layout; rbe_layout_parse makes one",
@@ -113,7 +113,7 @@ static rbe_status check_packed(const rbe_weight *w, rbe_error *err) {
 
 rbe_status rbe_check_codes(const rbe_weight *w, rbe_error *err) {
     if (!w) return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: is NULL");
-    rbe_status status = check_shape(w, err);
+    rbe_status status = rbe_check_shape(w, err);
     if (status != RBE_OK) return status;
     if (!w->words == !w->packed)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: exactly one of words and packed must be given, not %s",

@@ -27,7 +27,7 @@ static bool has_table(const rbe_layout *l) { return l->field != RBE_FIELD_RBE16S
 // A lane of a dense product: of the micro-kernel, or of the matrix unit with its splits and sums.
 static double dense_lane(const rbe_kernels *kernels, bool fast) { return !kernels->gemm_split ? 1.1 : fast ? 0.3 : 0.75; }
 
-static double unpack_code(const rbe_layout *l) { return l->field == RBE_FIELD_RBE8 || l->field == RBE_FIELD_RBE16S ? 1.0 : UNPACK_CODE; }
+static double unpack_code(const rbe_layout *l) { return rbe_field_has_scale(l->field) ? UNPACK_CODE : 1.0; }
 
 static double decode_weight(const rbe_kernels *kernels, const rbe_layout *l) {
     const int64_t vectors = (l->group + kernels->width - 1) / kernels->width;

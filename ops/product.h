@@ -13,7 +13,14 @@
 rbe_status rbe_check_weight(const rbe_weight *w, rbe_error *err);  // shapes, pointers, codes, gain, residual
 // x-like (T x cols) or y-like (T x rows) argument of a product with w; `tokens` < 0: any number
 rbe_status rbe_check_matrix(const rbe_weight *w, const char *name, const rbe_matrix *a, int64_t tokens, int64_t cols, rbe_error *err);
+rbe_status rbe_check_gain(const rbe_weight *w, rbe_error *err);   // finite
+rbe_status rbe_check_shape(const rbe_weight *w, rbe_error *err);  // layout, m, n, K and place against each other (codes.c)
 rbe_status rbe_out_of_memory(rbe_error *err);
+
+// Element of a basis, gain or amplitude.
+static inline double rbe_real_at(const void *data, rbe_dtype real, int64_t i) {
+    return real == RBE_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
+}
 
 // ---- threads ----------------------------------------------------------------------------------------------------------------
 static inline void rbe_run(const rbe_parallel *threads, int64_t count, int64_t grain, rbe_body body, void *context) {

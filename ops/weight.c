@@ -18,7 +18,6 @@ rbe_code_row rbe_code_row_at(const rbe_weight *w, int64_t row) {
     };
 }
 
-static bool has_scale(const rbe_weight *w) { return w->layout.field != RBE_FIELD_RBE8 && w->layout.field != RBE_FIELD_RBE16S; }
 
 typedef struct unpacking {
     const rbe_kernels *kernels;
@@ -46,8 +45,8 @@ rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int
     }
     const int64_t size = (rbe_codes_a_row(w) + block - 1) / block * block * w->rows;
     unpacking u = {kernels, w, block, rbe_scratch_take(size, 1), NULL};
-    if (has_scale(w)) u.scale = rbe_scratch_take(size, sizeof(float));
-    if (!u.idx || (has_scale(w) && !u.scale)) return rbe_out_of_memory(err);
+    if (rbe_field_has_scale(w->layout.field)) u.scale = rbe_scratch_take(size, sizeof(float));
+    if (!u.idx || (rbe_field_has_scale(w->layout.field) && !u.scale)) return rbe_out_of_memory(err);
     rbe_run(threads, w->rows, 64, unpack_rows, &u);
     *out = (rbe_codes){u.idx, u.scale, block, w->rows * block};
     return RBE_OK;
@@ -79,8 +78,8 @@ bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *
     const int64_t count = groups * w->layout.stages;
     *out = (rbe_row_buffers){rbe_scratch_take(count, 1), NULL, NULL};
     if (w->layout.field == RBE_FIELD_RBE16S) out->signs = rbe_scratch_take(count, 1);
-    if (has_scale(w)) out->scale = rbe_scratch_take(count, sizeof(float));
-    return out->idx && (out->signs || w->layout.field != RBE_FIELD_RBE16S) && (out->scale || !has_scale(w));
+    if (rbe_field_has_scale(w->layout.field)) out->scale = rbe_scratch_take(count, sizeof(float));
+    return out->idx && (out->signs || w->layout.field != RBE_FIELD_RBE16S) && (out->scale || !rbe_field_has_scale(w->layout.field));
 }
 
 static const float *e4m3fn_table(void) {

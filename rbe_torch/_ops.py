@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
+from .layout import Layout
+
 MINIMUM_TORCH = (2, 10)
 _LIBRARY = Path(__file__).with_name("librbe.dylib" if sys.platform == "darwin" else "librbe.so")
 _MESSAGE_BYTES = 512
@@ -65,16 +67,6 @@ def describe_linear(layout: str, out_features: int, in_features: int, tokens: in
 
 
 # ---- fake kernels: shapes and dtypes without data --------------------------------------------------------------------------------
-_FIELD_BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9}
-
-
-def _parse(layout: str) -> tuple[int, int, int]:
-    """(bits, stages, group) of a layout string that the C parser accepts."""
-    fields, _, rest = layout.partition("_g")
-    name, _, stages = fields.partition("x")
-    return _FIELD_BITS[name], int(stages or 1), int(rest.partition("+")[0])
-
-
 def _same_device(**tensors: torch.Tensor | None) -> None:
     first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
     for name, t in tensors.items():
@@ -101,13 +93,13 @@ def _fake_linear_backward(dy, x, codes, basis, gain, bias=None, amplitude=None, 
 
 def _columns(groups, *, layout, in_features, k0=0):
     """Columns of the shard that starts at group k0: the last one may be ragged."""
-    group = _parse(layout)[2]
+    group = Layout.parse(layout).group
     return torch.sym_min(groups * group, in_features - k0 * group)
 
 
 def _groups(codes, layout):
-    bits, stages, _ = _parse(layout)
-    return codes.shape[1] if codes.dtype == torch.int32 else codes.shape[1] * 8 // (bits * stages)
+    parsed = Layout.parse(layout)
+    return codes.shape[1] if codes.dtype == torch.int32 else codes.shape[1] * 8 // (parsed.bits * parsed.stages)
 
 
 def _fake_decode(codes, basis, gain, amplitude=None, residual=None, residual_scale=None, residual_right=None, residual_right_scale=None, *,
@@ -117,17 +109,17 @@ def _fake_decode(codes, basis, gain, amplitude=None, residual=None, residual_sca
 
 
 def _fake_encode(weight, basis, gain, *, layout, **_):
-    _, stages, group = _parse(layout)
-    return weight.new_empty(weight.shape[0], (weight.shape[1] + group - 1) // group, stages, dtype=torch.int32)
+    parsed = Layout.parse(layout)
+    return weight.new_empty(weight.shape[0], (weight.shape[1] + parsed.group - 1) // parsed.group, parsed.stages, dtype=torch.int32)
 
 
 def _fake_pack(codes, *, layout, **_):
-    bits, stages, _ = _parse(layout)
-    return codes.new_empty(codes.shape[0], (codes.shape[1] * stages * bits + 7) // 8, dtype=torch.uint8)
+    parsed = Layout.parse(layout)
+    return codes.new_empty(codes.shape[0], (codes.shape[1] * parsed.stages * parsed.bits + 7) // 8, dtype=torch.uint8)
 
 
 def _fake_unpack(packed, *, layout, **_):
-    return packed.new_empty(packed.shape[0], _groups(packed, layout), _parse(layout)[1], dtype=torch.int32)
+    return packed.new_empty(packed.shape[0], _groups(packed, layout), Layout.parse(layout).stages, dtype=torch.int32)
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 // Checks an operator's weight arguments against each other and against the layout, naming the one that does not fit.
 #include "weight.h"
 
-#include <math.h>
+#include "../kernels/reference/reference.h"
+
 #include <stdio.h>
 
 rbe_status rbe_bind_layout(rbe_call *call, int at, rbe_weight *out, int64_t *in_features) {
@@ -108,8 +109,7 @@ static rbe_status bind_residual_part(rbe_call *call, int position, const char *n
 static rbe_status bind_residual(rbe_call *call, int at, rbe_weight *out) {
     const rbe_layout *l = &out->layout;
     int64_t m = out->rows, n = out->cols, r = l->rank;
-    int64_t kept = (int64_t)rint(l->fraction * (double)n);  // halves to even, as in ops and in Python
-    if (kept < 1) kept = 1;
+    int64_t kept = rbe_reference_sparse_count(out);
     int32_t i8 = torch.aoti_torch_dtype_int8(), f8 = torch.aoti_torch_dtype_float8_e4m3fn(), f32 = torch.aoti_torch_dtype_float32();
     int32_t f16 = torch.aoti_torch_dtype_float16(), i32 = torch.aoti_torch_dtype_int32();
 
@@ -146,15 +146,6 @@ static rbe_status bind_residual(rbe_call *call, int at, rbe_weight *out) {
         if (status != RBE_OK) return status;
     }
     out->residual = (rbe_residual){data[0], data[1], data[2], data[3]};
-    if (l->residual == RBE_RESIDUAL_SPARSE) {
-        const int32_t *column = data[2];
-        for (int64_t i = 0; i < m * kept; i++) {
-            if (column[i] < 0 || column[i] >= n || (i % kept && column[i] <= column[i - 1])) {
-                return rbe_call_fail(call, "residual_right: column %d at [%lld, %lld]; must rise within a row and stay below n = %lld",
-                                     (int)column[i], (long long)(i / kept), (long long)(i % kept), (long long)n);
-            }
-        }
-    }
     return RBE_OK;
 }
 
@@ -190,9 +181,6 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
         if (status == RBE_OK) status = rbe_expect_shape(call, &views->amplitude, 3, amplitude_shape, "[m, K, M]");
         if (status == RBE_OK) status = rbe_dense_float(call, &views->amplitude, real, &out->amplitude);
         if (status != RBE_OK) return status;
-        if (out->layout.field == RBE_FIELD_RBE8 || out->layout.field == RBE_FIELD_RBE16S) {
-            return rbe_call_fail(call, "amplitude: was given; codes of this layout have scale 1, it must be None");
-        }
     }
     if (!out->rounded && real != RBE_F64) {
         return rbe_call_fail(call, "rounded: was False; unrounded amplitudes need float64 tensors");

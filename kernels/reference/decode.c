@@ -13,7 +13,7 @@ static_assert(FLT_EVAL_METHOD == 0, "float32 arithmetic must round every operati
 static const double largest_u = 1.0 - 0x1p-18;
 
 float rbe_reference_scale(rbe_field field, uint32_t word) {
-    if (field == RBE_FIELD_RBE8 || field == RBE_FIELD_RBE16S) return 1.0f;
+    if (!rbe_field_has_scale(field)) return 1.0f;
     const float *point = rbe_curve_table[rbe_word_curve(word)] + rbe_word_amp(word);
     const float step = point[1] - point[0];
     const float inside = step * ((float)rbe_word_fine(word) / 1024.0f);

@@ -24,7 +24,7 @@ V_INLINE void unpack_as(rbe_field field, const rbe_code_row *row, int64_t q0, in
             vi_store_u8_n(idx + o, word_idx(word), lanes);
         if (field == RBE_FIELD_RBE16S) vi_store_u8_n(signs + o, vi_and(word, vi_set1(255)), lanes);
         if (!scale) continue;
-        const bool curved = field != RBE_FIELD_RBE8 && field != RBE_FIELD_RBE16S;
+        const bool curved = rbe_field_has_scale(field);
         const vf value =
             curved ? point_scale(field, curve_points(field, word, row->amplitude ? row->amplitude + q : 0, lanes)) : v_set1(1.0f);
         v_store_n(scale + o, value, lanes);
