@@ -6,6 +6,8 @@ step. Counted for dense: y, dx, dW, dbias, each by the faster of the two orders 
 
 from __future__ import annotations
 
+import functools
+
 import harness
 import torch
 import torch.nn.functional as F
@@ -85,21 +87,13 @@ def run_case(text: str, m: int, n: int, tokens: int, machine: harness.Machine, s
 
 def main() -> None:
     arguments = harness.parser(__doc__.splitlines()[0]).parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    machine = harness.Machine.measure()
-    print(machine)
-    rows = []
-    for m, n in FULL_SIZES if arguments.full else SIZES:
-        for text in FULL_LAYOUTS if arguments.full else LAYOUTS:
-            for tokens in FULL_TOKENS if arguments.full else TOKENS:
-                if arguments.only in f"{text} {m}x{n} {tokens}":
-                    rows.append(run_case(text, m, n, tokens, machine, max(arguments.seconds, 3.0)))
-                    print(*rows[-1].values(), sep="  ", flush=True)
-    if not rows:
-        raise SystemExit(f"--only {arguments.only!r} leaves no case")
-    print("\n" + harness.table(rows, list(rows[0])))
-    print(f"\nwritten: {harness.write(arguments.out, f'backward_threads{arguments.threads}', machine, rows)}")
+    cases = {
+        f"{text} {m}x{n} {tokens}": functools.partial(run_case, text, m, n, tokens, seconds=max(arguments.seconds, 3.0))
+        for m, n in (FULL_SIZES if arguments.full else SIZES)
+        for text in (FULL_LAYOUTS if arguments.full else LAYOUTS)
+        for tokens in (FULL_TOKENS if arguments.full else TOKENS)
+    }
+    harness.run_cases(arguments, "backward", cases)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,24 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def run_cases(arguments: argparse.Namespace, name: str, cases: dict[str, Callable[[Machine], dict[str, object]]]) -> tuple[list, Path]:
+    """Measures the machine, runs the cases that --only leaves, prints each row and the table, writes the JSON. Returns rows and path."""
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    chosen = [case for text, case in cases.items() if arguments.only in text]
+    if not chosen:
+        raise SystemExit(f"--only {arguments.only!r} leaves no case")
+    machine, rows = Machine.measure(), []
+    print(machine)
+    for case in chosen:
+        rows.append(case(machine))
+        print(*rows[-1].values(), sep="  ", flush=True)
+    print("\n" + table(rows, list(rows[0])))
+    path = write(arguments.out, f"{name}_threads{arguments.threads}", machine, rows)
+    print(f"\nwritten: {path}")
+    return rows, path
+
+
 def write(out: Path, name: str, machine: Machine, rows: list[dict[str, object]]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"

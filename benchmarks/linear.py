@@ -6,6 +6,8 @@ the machine's measured rates allow: the bytes of the codes read once, or the mul
 
 from __future__ import annotations
 
+import functools
+
 import harness
 import torch
 import torch.nn.functional as F
@@ -93,27 +95,16 @@ def plot(rows: list[dict[str, object]], path) -> None:
 
 def main() -> None:
     arguments = harness.parser(__doc__.splitlines()[0]).parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    machine = harness.Machine.measure()
-    print(machine)
-    rows = []
+    cases = {}
     for m, n in FULL_SIZES if arguments.full else SIZES:
         for text in FULL_LAYOUTS if arguments.full else LAYOUTS:
             for tokens in FULL_TOKENS if arguments.full else TOKENS:
-                for accuracy in ("exact", "fast"):
-                    if accuracy == "fast" and not text.startswith("rbe8"):
-                        continue  # the same kernels as exact
-                    if arguments.only not in f"{text} {m}x{n} {tokens} {accuracy}":
-                        continue
-                    rows.append(run_case(text, m, n, tokens, accuracy, machine, arguments.seconds))
-                    print(*rows[-1].values(), sep="  ", flush=True)
-    if not rows:
-        raise SystemExit(f"--only {arguments.only!r} leaves no case")
-    print("\n" + harness.table(rows, list(rows[0])))
-    path = harness.write(arguments.out, f"linear_threads{arguments.threads}", machine, rows)
+                for accuracy in ("exact", "fast") if text.startswith("rbe8") else ("exact",):
+                    run = functools.partial(run_case, text, m, n, tokens, accuracy, seconds=arguments.seconds)
+                    cases[f"{text} {m}x{n} {tokens} {accuracy}"] = run
+    rows, path = harness.run_cases(arguments, "linear", cases)
     plot(rows, path.with_suffix(".png"))
-    print(f"\nwritten: {path}, {path.with_suffix('.png')}")
+    print(f"written: {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
