@@ -16,13 +16,20 @@ from .train import finish_training, param_groups, prepare_training
 if TYPE_CHECKING:
     from .checkpoint import load_pretrained, save_pretrained
     from .config import show_config
+    from .distill import Distillation
+    from .latent import latent_loss
+    from .reindex import Reindexer
+    from .watch import TrainingDiverged, TrainingWatch
 
 __version__ = "0.1.0"
 __all__ = [
-    "Layout", "RBELinear", "Report", "compress", "convert", "decompress", "finish_training", "load_pretrained", "param_groups", "prepare_training",
-    "save_pretrained", "show_config",
+    "Distillation", "Layout", "RBELinear", "Reindexer", "Report", "TrainingDiverged", "TrainingWatch", "compress", "convert", "decompress",
+    "finish_training", "latent_loss", "load_pretrained", "param_groups", "prepare_training", "save_pretrained", "show_config",
 ]  # fmt: skip
-_LATER = {"load_pretrained": "checkpoint", "save_pretrained": "checkpoint", "show_config": "config"}  # their modules import other packages
+_LATER = {  # their modules import other packages, or are for those who train
+    "load_pretrained": "checkpoint", "save_pretrained": "checkpoint", "show_config": "config", "Distillation": "distill", "latent_loss": "latent",
+    "Reindexer": "reindex", "TrainingDiverged": "watch", "TrainingWatch": "watch",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ Tensors (m out_features, n in_features, g group, K = ceil(n/g) groups, M stages;
     gain      float32 [m]                     parameter   positive
     bias      [m] or None                     parameter   the layer's dtype
     seed      int64   []                      buffer      layouts ending in r only
+    basis_seed  int64 []                      buffer      only where the basis is drawn from a seed and frozen (rbe_torch/seeded.py)
     residual, residual_scale, residual_right, residual_right_scale    buffers, as the layout's suffix asks
 
 While a layer is in training form (rbe_torch.convert, rbe_torch.prepare_training) `log_gain` replaces the gain parameter, and layouts whose codes
@@ -28,6 +29,7 @@ from . import _ops
 from .arguments import FLOATS, bias_of, codes_rows, exact_float32, positive, residual_of, seed_of, seed_value
 from .codes import random_words, with_amplitude
 from .layout import Layout
+from .seeded import seeded_basis
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
 
 _WEIGHT_IS_READ_ONLY = (
@@ -40,14 +42,14 @@ class RBELinear(nn.Module):
     """A linear layer in RBE codes, with random codes and a random basis; from_linear and from_codes make one with given ones.
 
     x [..., in_features] float32, bfloat16, float16 or float64 -> [..., out_features] of the same dtype.
-    basis: a float32 parameter [M, 256, g] to share instead of drawing one. generator, seed: where the random codes come from; by default
-    torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
+    basis: a float32 parameter [M, 256, g] to share instead of drawing one. basis_seed: the basis is the one this seed gives, is not trained and is
+    stored as the seed alone; a basis given beside it must be that one. generator, seed: where the random codes come from; by default torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
     Errors: ValueError or TypeError naming the argument.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
-                 generator: torch.Generator | None = None, seed: int | None = None) -> None:
+                 generator: torch.Generator | None = None, seed: int | None = None, basis_seed: int | None = None) -> None:
         super().__init__()
         self.in_features = positive("in_features", in_features)
         self.out_features = positive("out_features", out_features)
@@ -60,6 +62,8 @@ class RBELinear(nn.Module):
         m, n = self.out_features, self.in_features
         self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
         own_basis = basis is None
+        if basis_seed is not None:
+            self.register_buffer("basis_seed", torch.tensor(seed_value(basis_seed), dtype=torch.int64, device=device))
         if own_basis:
             basis = nn.Parameter(torch.empty(layout.basis_shape, dtype=torch.float32, device=device), requires_grad=False)
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
@@ -92,7 +96,8 @@ class RBELinear(nn.Module):
             raise ValueError("reset_parameters: the layer is in training form; call rbe_torch.finish_training(model) first")
         with torch.no_grad():
             if basis and not self.basis.is_meta:
-                self.basis.copy_(random_basis(layout, generator))
+                drawn = self._buffers.get("basis_seed")
+                self.basis.copy_(random_basis(layout, generator) if drawn is None else seeded_basis(layout, int(drawn)))
             if not self.packed.is_meta:
                 if layout.seeded:
                     self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
