@@ -515,8 +515,8 @@ def test_param_groups_cover_every_trainable_parameter_once() -> None:
 
 def test_training_refuses_what_it_cannot_do() -> None:
     lin = made()
-    with pytest.raises(ValueError, match="method: is 'latent'"):
-        rbe_torch.prepare_training(lin, method="latent")
+    with pytest.raises(ValueError, match="method: is 'hybrid'"):
+        rbe_torch.prepare_training(lin, method="hybrid")
     for verb in (rbe_torch.prepare_training, rbe_torch.finish_training):
         with pytest.raises(ValueError, match="no RBELinear"):
             verb(nn.Linear(3, 3))
