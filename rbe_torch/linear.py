@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import _ops
 from .arguments import FLOATS, bias_of, codes_rows, exact_float32, positive, residual_of, seed_of, seed_value
-from .codes import random_words, with_amplitude
+from .codes import random_words, second_moment, with_amplitude
 from .layout import Layout
 from .seeded import seeded_basis
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
@@ -104,9 +104,10 @@ class RBELinear(nn.Module):
                 words = random_words(layout, m, n, self._options["seed"], generator)
                 self.packed.copy_(torch.ops.rbe.pack(words, **self._options))
             if not self._parameters["gain"].is_meta:
-                # random_words draws scales of second moment 1 and random_basis vectors of mean square 1, so an element of W has the
-                # variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
-                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages)).copy_(self._parameters["gain"].half().float())
+                # random_words draws scales of second moment 1 (few bits of amplitude miss it) and random_basis vectors of mean square 1, so an
+                # element of W has the variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
+                moment = second_moment(words, layout) if layout.amp_unstored and not self.packed.is_meta else 1.0
+                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages * moment)).copy_(self._parameters["gain"].half().float())
             if self.bias is not None and not self.bias.is_meta:
                 bound = 1 / math.sqrt(n)
                 self.bias.copy_(torch.empty(m, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))

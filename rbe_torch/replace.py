@@ -146,17 +146,19 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0, include: Patterns = None, exclude: Patterns = None,
-            basis: str = "trained") -> Report:
+            basis: str = "trained", nonlinearity: str | None = None) -> Report:
     """Replaces the linear layers of `model` in place by RBELinears with random codes, ready to be trained from scratch (method "direct").
 
     Every layer gets an amplitude parameter where the layout has one; all of them share one basis (one a device). The variance of the
-    weights is that of nn.Linear's initialisation. Biases are kept. include, exclude: see find_linears. Returns the report.
+    weights is that of nn.Linear's initialisation, or, with `nonlinearity` ("linear", "relu", "tanh": what follows the layers), the one that keeps the variance
+    of activations through depth (rbe_torch/initial.py). Biases are kept. include, exclude: see find_linears. Returns the report.
 
     basis: "trained", "frozen" (a random table that stays what it is, and is stored) or "seeded" (one of signs that a seed gives: it stays what it is and
     only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training.md.
     """
     from .arguments import seed_value
     from .linear import RBELinear, random_basis
+    from .initial import calculated_gain, keep_variance
     from .seeded import seeded_basis
     from .train import start_training
 
@@ -165,6 +167,8 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         raise ValueError(f"basis: is {basis!r}, must be one of {', '.join(map(repr, BASES))}")
     if layout.residual is not None:
         raise ValueError(f"layout: {str(layout)!r} has a residual, which is fitted to a trained weight; use compress, or drop the suffix")
+    if nonlinearity is not None:
+        calculated_gain(nonlinearity)  # refuses one that is none before anything is replaced
     generator = torch.Generator().manual_seed(seed_value(seed))
     found = find_linears(model, include, exclude)
     basis_seed = int(torch.randint(0, 2**32, (), generator=generator)) if basis == "seeded" else None
@@ -182,6 +186,8 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         new = RBELinear(n, m, bias=False, layout=layout, device=old.device, dtype=old.dtype, basis=bases[old.device], generator=generator,
                         basis_seed=basis_seed)
         new.bias = entry.module.bias
+        if nonlinearity is not None and not old.is_meta:
+            keep_variance(new, nonlinearity)
         start_training(new, "trained" if basis == "trained" else "frozen")
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)

@@ -27,7 +27,7 @@ def start_training(layer: RBELinear, basis: str | None = None) -> None:
     """Puts one layer in training form; its output stays what it was. basis: "trained", "frozen", or None for trained unless a seed gives it."""
     if basis is None:
         basis = "trained" if layer._buffers.get("basis_seed") is None else "frozen"
-    if layer.training_form:
+    if layer.log_gain is not None:
         return
     guard_rates(layer)
     gain = layer._parameters["gain"].detach()
@@ -74,10 +74,15 @@ def finish_training(model: nn.Module) -> nn.Module:
     """
     layers = _layers(model)
     latent = [layer for layer in layers if "latent" in layer._parameters]
+    lowrank = [layer for layer in layers if "lowrank_left" in layer._parameters]
     if latent:
         from .latent import finish_latent
 
         finish_latent(latent)
+    if lowrank:
+        from .lowrank import finish_lowrank
+
+        finish_lowrank(lowrank)
     for layer in layers:
         problem = "model: has a layer on the meta device, which has no values to finish" if layer.packed.is_meta else layer.problem()
         if problem:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALL_RATIO = 10.0  # amplitudes at less than this many times the other rates learn too slowly: param_groups says why
+SMALL_RATIO = 3.0  # amplitudes at less than this many times the other rates learn too slowly: param_groups says why; the best seen were 5 to 100
 _USUAL = 50  # losses that say what is usual
 _FIRST = 20  # before that many, none is
 
