@@ -15,8 +15,9 @@
 //     rbe8       idx                          8    idx; scale = 1
 //     rbe16s     idx, eight signs (7..0)     16    signs 0..7, idx 8..15; bit t set negates element t (g = 8); scale = 1
 //     rbe9r      sign, amp                    9    amp 0..7, sign 8; idx is drawn from a seed, curve is cat 1, sub 3 (exp(r) - 1)
-//     rbe4r      sign, amp's 3 highest bits   4    amp 5..7 as bits 0..2, sign 3; the rest of amp is 10000, the middle of the cell; else as rbe9r
-//     rbe2r      sign, amp's highest bit      2    amp 7 as bit 0, sign 1; the rest of amp is 1000000; else as rbe9r
+//     rbe4r      sign, amp's 3 highest bits   4    amp 5..7 as bits 0..2, sign 3; the rest of amp is 10000, the middle of the cell; idx is drawn
+//                                              from a seed, curve is cat 1, sub 1 (2 sinh(r/2), nearly straight: few values lie best evenly)
+//     rbe2r      sign, amp's highest bit      2    amp 7 as bit 0, sign 1; the rest of amp is 1000000; else as rbe4r
 //
 // Packed: code q = k*M + s of a row holds bits q*width .. q*width + width - 1 of the row, least significant first, little-endian;
 // a row takes ceil(K*M*width / 8) bytes and its padding bits are zero.
@@ -42,7 +43,7 @@ enum {
     RBE_BASIS_VECTORS = 256,  // idx is 8 bits
     RBE_CURVES = 32,          // (cat*4 + sub)*2 + deriv
     RBE_CURVE_POINTS = 257,   // T[0..256], so that amp + 1 is always there
-    RBE_CURVE_EXP = 14,       // cat 1, sub 3, deriv 0: exp(r) - 1, the curve of training and of layouts ending in r
+    RBE_CURVE_EXP = 14,       // cat 1, sub 3, deriv 0: exp(r) - 1, the curve of training and of rbe9r
 
     RBE_AMP_SHIFT = 0,
     RBE_DERIV_SHIFT = 8,
@@ -65,11 +66,11 @@ static inline uint32_t rbe_word_curve(uint32_t w) { return (((w >> RBE_SUB_SHIFT
 
 // Bits of the interchange word that a field layout may set, and those it always sets (the curve and the unstored end of amp, for layouts ending in r).
 static inline uint32_t rbe_field_mask(rbe_field field) {
-    static const uint32_t mask[RBE_FIELD_COUNT] = {0xFFFFFFFFu, 0x003FFFFFu, 0x0003FC00u, 0x0003FCFFu, 0x001FFEFFu, 0x001FFEF0u, 0x001FFEC0u};
+    static const uint32_t mask[RBE_FIELD_COUNT] = {0xFFFFFFFFu, 0x003FFFFFu, 0x0003FC00u, 0x0003FCFFu, 0x001FFEFFu, 0x0017FEF0u, 0x0017FEC0u};
     return mask[field];
 }
 static inline uint32_t rbe_field_constant(rbe_field field) {
-    static const uint32_t constant[RBE_FIELD_COUNT] = {0, 0, 0, 0, 0x001C0000u, 0x001C0010u, 0x001C0040u};
+    static const uint32_t constant[RBE_FIELD_COUNT] = {0, 0, 0, 0, 0x001C0000u, 0x00140010u, 0x00140040u};
     return constant[field];
 }
 

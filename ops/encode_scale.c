@@ -50,7 +50,7 @@ static void build(void) {
         for (uint32_t sign = 0; sign < 2; ++sign) {
             const rbe_nearest entry = {sign ? -first : first, cell_word(cell) | sign << RBE_SIGN_SHIFT};
             coarse[2 * cell + (int)sign] = entry;
-            for (int s = 0; s < SEEDED && cell / 256 == RBE_CURVE_EXP; ++s) {
+            for (int s = 0; s < SEEDED; ++s) {
                 const rbe_field field = (rbe_field)(RBE_FIELD_RBE9R + s);
                 const uint32_t constant = rbe_field_constant(field), fixed = ~rbe_field_mask(field) | constant;
                 if (((entry.word ^ constant) & fixed) == 0) seeded[s][seeded_count[s]++] = entry;

@@ -41,8 +41,12 @@ def with_amplitude(words: Tensor, amplitude: Tensor, layout: Layout) -> Tensor:
 
 
 def second_moment(words: Tensor, layout: Layout) -> float:
-    """Mean of scale^2 of words on the curve of training, exp(r) - 1; 1 where codes have no scale."""
-    return float(amplitude_of(words).abs().mul(2).expm1().square().mean()) if layout.has_amplitude else 1.0
+    """Mean of scale^2 of words on the curve that random_words takes; 1 where codes have no scale."""
+    if not layout.has_amplitude:
+        return 1.0
+    u = amplitude_of(words).abs()
+    scale = 2 * u.sinh() if layout.amp_unstored else (2 * u).expm1()
+    return float(scale.square().mean())
 
 
 def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch.Generator | None = None) -> Tensor:
@@ -59,5 +63,7 @@ def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch
     if not layout.has_amplitude:
         return words
     scale = torch.randn(shape, dtype=torch.float32, **drawn)
+    if layout.amp_unstored:
+        return with_amplitude(words, (scale / 2).asinh(), layout)  # their curve is 2 sinh(u)
     amplitude = scale.sign() * scale.abs().log1p() / 2  # exp(2u) - 1 = |scale|
     return with_amplitude(words | CURVE_EXP, amplitude, layout)

@@ -200,7 +200,12 @@ class RBELinear(nn.Module):
     def codes(self) -> Tensor:
         """Interchange words, int32 [m, K, M]; in training form with the sign and the rounded amplitude that the forward pass uses."""
         words = torch.ops.rbe.unpack(self.packed, **self._options)
-        return words if self.amplitude is None else with_amplitude(words, self.amplitude.detach(), self.layout)
+        if self.amplitude is None:
+            return words
+        amplitude = self.amplitude.detach()
+        if hasattr(amplitude, "full_tensor") and not hasattr(words, "full_tensor"):  # FSDP2 shards parameters and not buffers
+            amplitude = amplitude.full_tensor()
+        return with_amplitude(words, amplitude, self.layout)
 
     @property
     def weight(self) -> Tensor:

@@ -211,11 +211,12 @@ def _bit_places(field: str, device: torch.device) -> Tensor:
 
 
 def _seeded_words(words: Tensor, parsed: _Parsed, in_features: int, seed: int, row0: int, k0: int) -> Tensor:
-    """The bits that layouts ending in r fix rather than store: idx from the seed, cat 1, sub 3, the end of amp."""
+    """The bits that layouts ending in r fix rather than store: idx from the seed, cat and sub, the end of amp."""
     rows, groups, stages = words.shape
     total = -(-in_features // parsed.group)
     idx = seeded_idx(rows, groups, stages, seed, row0=row0, k0=k0, groups_total=total, device=words.device)
-    return (idx << 10) | (1 << 20) | (3 << 18) | (128 // _CELLS[parsed.field] if parsed.field in _CELLS else 0)
+    curve = 1 << 20 | (1 if parsed.field in _CELLS else 3) << 18
+    return (idx << 10) | curve | (128 // _CELLS[parsed.field] if parsed.field in _CELLS else 0)
 
 
 def _unpack(packed: Tensor, parsed: _Parsed, in_features: int, seed: int, row0: int, k0: int) -> Tensor:
@@ -348,7 +349,7 @@ def _scale_words(field: str) -> Tensor:
     low = torch.arange(1024)  # sign, deriv, amp
     if field.endswith("r"):
         cell = 256 // _CELLS.get(field, 256)
-        return low[((low & 256) == 0) & (low % cell == cell // 2)] + (1 << 20) + (3 << 18)
+        return low[((low & 256) == 0) & (low % cell == cell // 2)] + (1 << 20) + ((3 if cell == 1 else 1) << 18)
     curves = torch.arange(16)[:, None] * (1 << 18)
     words = (curves + low).reshape(-1)
     return words if field == "rbe22" else (torch.arange(1024)[:, None] * (1 << 22) + words).reshape(-1)

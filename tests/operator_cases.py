@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 MASKS = {"rbe32": -1, "rbe22": 0x3FFFFF, "rbe8": 0x3FC00, "rbe16s": 0x3FCFF, "rbe9r": 0x2FF, "rbe4r": 0x2E0, "rbe2r": 0x280}
-CONSTANTS = {"rbe9r": 7 << 18, "rbe4r": 7 << 18 | 16, "rbe2r": 7 << 18 | 64}  # the curve, and the middle of a cell of amplitudes
+CONSTANTS = {"rbe9r": 7 << 18, "rbe4r": 5 << 18 | 16, "rbe2r": 5 << 18 | 64}  # the curve, and the middle of a cell of amplitudes
 BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9, "rbe4r": 4, "rbe2r": 2}
 LAYOUTS = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe16s_g8", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
 

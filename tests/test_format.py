@@ -58,7 +58,7 @@ def test_documented_amplitudes_round_to_the_documented_words():
         keywords = {"layout": f"{field}_g1", "in_features": 1, "seed": SEED_OF_IDX_0 if field.endswith("r") else 0}
         value = torch.full((1, 1, 1), float.fromhex(amplitude), dtype=torch.float32)
         assert value.item() == float.fromhex(amplitude)
-        start, made = (torch.tensor([[[signed(w)]]], dtype=torch.int32) for w in (0x001C0000 | {"rbe4r": 0x10, "rbe2r": 0x40}.get(field, 0), int(word, 16)))
+        start, made = (torch.tensor([[[signed(w)]]], dtype=torch.int32) for w in ({"rbe4r": 0x140010, "rbe2r": 0x140040}.get(field, 0x1C0000), int(word, 16)))
         want = reference.scale(made, field).item()
         for decode in (torch.ops.rbe.decode, reference.decode):
             assert decode(start, torch.ones(1, 256, 1), torch.ones(1), value, **keywords).item() == want, (field, amplitude)

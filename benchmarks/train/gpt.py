@@ -88,7 +88,7 @@ def contestant(name: str, kind: str, rates: tuple[float, ...], amplitude: tuple[
 
 
 CONTESTANTS = [
-    contestant("RBE rbe4r_g9, seeded basis", "rbe", (5e-3, 2e-3, 1e-2), (0.025, 0.025, 0.05), layout="rbe4r_g9", basis="seeded"),
+    contestant("RBE rbe4r_g9, seeded basis", "rbe", (5e-3, 3e-3, 5e-3), (0.025, 0.025, 0.05), layout="rbe4r_g9", basis="seeded"),
     contestant("block sparse int4", "sparse", (6e-3, 3e-3, 1.2e-2), bits=4, kept=0.115),
     contestant("block sparse int8", "sparse", (6e-3, 3e-3, 1.2e-2), bits=8, kept=0.0575),
     contestant("smaller dense int4", "dense", (4e-3, 2e-3, 8e-3), d=88, hidden=384, bits=4),
