@@ -99,7 +99,7 @@ CONTESTANTS = [
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (5e-3, 2e-3, 1e-2), (0.05, 0.05, 0.1), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (2e-3, 1e-3, 5e-3), (0.1, 0.1, 0.1), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (5e-3, 2e-3, 1e-2), (0.025, 0.025, 0.05), layout="rbe4r_g3", basis="seeded"),
-    contestant("dense int8", "dense", (2e-3, 1e-3, 4e-3), bits=8),
+    contestant("whole dense int8", "dense", (2e-3, 1e-3, 4e-3), bits=8),
 ]
 MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit}
 
