@@ -92,6 +92,8 @@ typedef struct rbe_kernels {
     // split into pieces first (rbe_split_size values of 16 bits; 3 pieces hold a float32), then gemm_split computes what gemm does from them.
     void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out);
     void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out);
+    // Products of pieces below the result's precision are left out: of 3 x 3 the three smallest, of 2 x 2 the product of the two second pieces.
+    // Pieces that would be subnormal are zero: of |a| or |b| below 1e-32 only the leading 16 bits count, below 1e-38 none.
     // A thread calls split_begin before its gemm_split calls and split_end after them.
     void (*split_begin)(void);
     void (*split_end)(void);

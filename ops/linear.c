@@ -36,6 +36,6 @@ rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias
         return RBE_OK;
     }
     rbe_job job = {.kernels = kernels, .w = w, .x = x, .y = y, .bias = bias, .threads = threads};
-    job.fast = accuracy == RBE_ACCURACY_FAST || (accuracy == RBE_ACCURACY_AUTO && x->dtype != RBE_F32);
+    job.fast = rbe_is_fast(accuracy, x->dtype);
     return run(&job, err);
 }

@@ -69,8 +69,8 @@ rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int6
     return table < decode ? RBE_PATH_TABLE : RBE_PATH_DECODE;
 }
 
-int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_accuracy accuracy, char *text,
-                        size_t size) {
+int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_dtype x, rbe_accuracy accuracy,
+                        char *text, size_t size) {
     static const char *const what[] = {
         [RBE_PATH_TABLE] = "table: x times the basis, then a sum over codes, tiles of tokens",
         [RBE_PATH_TABLE_TOKEN] = "table: x times the basis, gathered by code, token by token",
@@ -81,6 +81,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
     const rbe_kernels *kernels;
     rbe_error err;
     if (rbe_choose_kernels(&kernels, &err) != RBE_OK) return snprintf(text, size, "%s", err.text);
-    const rbe_path path = rbe_plan_linear(kernels, layout, rows, cols, tokens, accuracy == RBE_ACCURACY_FAST, true);
-    return snprintf(text, size, "%s, %s", kernels->name, what[path]);
+    const bool fast = rbe_is_fast(accuracy, x);
+    const rbe_path path = rbe_plan_linear(kernels, layout, rows, cols, tokens, fast, true);
+    return snprintf(text, size, "%s, %s, %s", kernels->name, fast ? "fast" : "exact", what[path]);
 }

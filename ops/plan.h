@@ -22,6 +22,11 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *layout, i
                          bool packed);
 rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens);
 
+// Whether a product of these activations may round tables and weights: auto is exact for float32 and fast for the half types.
+static inline bool rbe_is_fast(rbe_accuracy accuracy, rbe_dtype x) {
+    return accuracy == RBE_ACCURACY_FAST || (accuracy == RBE_ACCURACY_AUTO && (x == RBE_BF16 || x == RBE_F16));
+}
+
 // From now on this path wherever the layout has it, for tests: not while a product is computed.
 void rbe_use_path(rbe_path path);
 

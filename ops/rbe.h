@@ -126,7 +126,8 @@ rbe_status rbe_check_codes(const rbe_weight *w, rbe_error *err);
 // ---- which kernels ----------------------------------------------------------------------------------------------------------
 const char *rbe_isa_name(void);  // "scalar", "avx2", "avx512", "neon": the best the host has, lowered by RBE_ISA
 // One line saying which kernel a product of this shape takes, for show_config(). Returns the length written.
-int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_accuracy accuracy, char *text, size_t size);
+int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_dtype x, rbe_accuracy accuracy, char *text,
+                        size_t size);
 
 #ifdef __cplusplus
 }

@@ -56,11 +56,18 @@ def isa() -> str:
     return _library.rbe_torch_isa().decode()
 
 
-def describe_linear(layout: str, out_features: int, in_features: int, tokens: int, accuracy: str = "auto") -> str:
-    """The kernel that a product of this shape takes, in words."""
+def describe_linear(layout: str, out_features: int, in_features: int, tokens: int, dtype: torch.dtype = torch.float32,
+                    accuracy: str = "auto") -> str:
+    """The kernel that a product of packed codes with x [tokens, in_features] of this dtype takes, in words."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of rbe_dtype
+    if dtype not in dtypes:
+        raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, dtypes))}")
+    if dtype == torch.float64:
+        return "reference, float64"
     text = ctypes.create_string_buffer(_MESSAGE_BYTES)
     _library.rbe_torch_describe_linear(
         layout.encode(), ctypes.c_int64(out_features), ctypes.c_int64(in_features), ctypes.c_int64(tokens),
+        ctypes.c_int(dtypes.index(dtype)),
         ctypes.c_int(("auto", "exact", "fast").index(accuracy)), text, ctypes.c_size_t(_MESSAGE_BYTES),
     )  # fmt: skip
     return text.value.decode()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops
-from .arguments import FLOATS, bias_of, codes_rows, exact_float32, positive, residual_of, seed_of, seed_value
+from .arguments import FLOATS, bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
 from .codes import random_words, with_amplitude
 from .layout import Layout
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
@@ -49,8 +49,8 @@ class RBELinear(nn.Module):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
                  generator: torch.Generator | None = None, seed: int | None = None) -> None:
         super().__init__()
-        self.in_features = positive("in_features", in_features)
-        self.out_features = positive("out_features", out_features)
+        self.in_features = size("in_features", in_features)
+        self.out_features = size("out_features", out_features)
         self.layout = layout = Layout.parse(layout)
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
         if self._dtype not in FLOATS:
@@ -138,7 +138,7 @@ class RBELinear(nn.Module):
         given as basis is shared, not copied. bias [m] or None. seed: layouts ending in r, 0 .. 2^32 - 1. residual: the tensors of
         Layout.residual_shapes by name. dtype: of `lin.weight`; by default that of the bias, else torch's default.
         """
-        layout, n = Layout.parse(layout), positive("in_features", in_features)
+        layout, n = Layout.parse(layout), size("in_features", in_features)
         for name, tensor in (("codes", codes), ("basis", basis), ("gain", gain)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: is a {type(tensor).__name__}, must be a torch.Tensor")

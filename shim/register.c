@@ -61,9 +61,9 @@ __attribute__((visibility("default"))) int rbe_torch_init(char *message, size_t 
 __attribute__((visibility("default"))) const char *rbe_torch_isa(void) { return rbe_isa_name(); }
 
 __attribute__((visibility("default"))) int rbe_torch_describe_linear(const char *layout, int64_t rows, int64_t cols, int64_t tokens,
-                                                                     int accuracy, char *text, size_t size) {
+                                                                     int dtype, int accuracy, char *text, size_t size) {
     rbe_layout parsed;
     rbe_error err;
     if (rbe_layout_parse(layout, strlen(layout), &parsed, &err) != RBE_OK) return snprintf(text, size, "%s", err.text);
-    return rbe_describe_linear(&parsed, rows, cols, tokens, (rbe_accuracy)accuracy, text, size);
+    return rbe_describe_linear(&parsed, rows, cols, tokens, (rbe_dtype)dtype, (rbe_accuracy)accuracy, text, size);
 }
