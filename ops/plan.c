@@ -5,7 +5,7 @@
 #include "dispatch.h"
 #include "plan.h"
 
-enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32 };
+enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, TOKENS_LUT24 = 8, GROUP_LUT8 = 32 };
 
 static const double SUM_LANE = 4.5;       // one lane of a table row: its line comes from L2
 static const double UNPACK_CODE = 58.0;   // word -> idx and scale, curves at random
@@ -49,9 +49,11 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
     const rbe_path dense = dot < decode ? RBE_PATH_DECODE_DOT : RBE_PATH_DECODE, wanted = forced;
     if (wanted == RBE_PATH_DECODE || wanted == RBE_PATH_DECODE_DOT) return wanted;
     if (!has_table(l)) return dense;
-    const bool bytes = fast && packed && kernels->lut8_rows && l->field == RBE_FIELD_RBE8;
-    if (wanted != RBE_PATH_PLANNED && (wanted != RBE_PATH_LUT8 || bytes)) return wanted;
-    if (bytes && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8) return RBE_PATH_LUT8;
+    const bool bytes = packed && kernels->lut8_rows && l->field == RBE_FIELD_RBE8;
+    const bool digits = bytes && fast && kernels->digits_multiply && l->group % 4 == 0;
+    if (wanted != RBE_PATH_PLANNED && (wanted != RBE_PATH_LUT8 || bytes) && (wanted != RBE_PATH_DIGITS || digits)) return wanted;
+    if (digits && tokens > 4) return RBE_PATH_DIGITS;
+    if (bytes && tokens <= (fast ? TOKENS_LUT8 : TOKENS_LUT24) && l->group <= GROUP_LUT8) return RBE_PATH_LUT8;
     const double tiles = table * lanes * dense_lane(kernels, fast) + codes * (unpack_code(l) + SUM_LANE * lanes);
     const double token = tokens <= TOKENS_ONE_BY_ONE ? table * 2.0 * t + codes * (unpack_code(l) + GATHER_CODE * t) : tiles;
     if ((token < tiles ? token : tiles) > (dot < decode ? dot : decode)) return dense;
@@ -75,6 +77,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
         [RBE_PATH_TABLE] = "table: x times the basis, then a sum over codes, tiles of tokens",
         [RBE_PATH_TABLE_TOKEN] = "table: x times the basis, gathered by code, token by token",
         [RBE_PATH_LUT8] = "table of bytes: 8-bit lookups",
+        [RBE_PATH_DIGITS] = "decode to bytes, matrix unit",
         [RBE_PATH_DECODE_DOT] = "decode a row, dot products",
         [RBE_PATH_DECODE] = "decode a tile, dense micro-kernel",
     };

@@ -2,7 +2,7 @@
 
 Tensors (m out_features, n in_features, g group, K = ceil(n/g) groups, M stages; docs/format.md):
 
-    packed    uint8   [m, ceil(K*M*bits/8)]   buffer      the codes
+    packed    uint8   [m, ceil(K*M*bits/8)]   buffer      the codes; where the kernels gain by it they are held interleaved instead (codes.py)
     basis     float32 [M, 256, g]             parameter   may be shared between layers
     gain      float32 [m]                     parameter   positive
     bias      [m] or None                     parameter   the layer's dtype
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import _ops
 from .arguments import FLOATS, bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
-from .codes import random_words, with_amplitude
+from .codes import for_kernels, is_interleaved, random_words, with_amplitude
 from .layout import Layout
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
 
@@ -82,6 +82,7 @@ class RBELinear(nn.Module):
                 zeros += torch.arange(shape[1], dtype=torch.int32, device=device)  # columns rise in a row
             self.register_buffer(name, zeros)
         self.reset_parameters(generator, basis=own_basis)
+        self._hold_codes_for_kernels()
 
     # ---- making one ---------------------------------------------------------------------------------------------------------
 
@@ -97,7 +98,8 @@ class RBELinear(nn.Module):
                 if layout.seeded:
                     self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
                 words = random_words(layout, m, n, self._options["seed"], generator)
-                self.packed.copy_(torch.ops.rbe.pack(words, **self._options))
+                self.packed = torch.ops.rbe.pack(words, **self._options).to(self.packed.device)
+                self._hold_codes_for_kernels()
             if not self._parameters["gain"].is_meta:
                 # random_words draws scales of second moment 1 and random_basis vectors of mean square 1, so an element of W has the
                 # variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
@@ -168,6 +170,7 @@ class RBELinear(nn.Module):
         problem = layer.problem()
         if problem:
             raise ValueError(problem)
+        layer._hold_codes_for_kernels()
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -189,6 +192,16 @@ class RBELinear(nn.Module):
         """float32 [m]; exp(log_gain) in training form."""
         log_gain = self._parameters["log_gain"]
         return self._parameters["gain"] if log_gain is None else log_gain.exp()
+
+    @property
+    def packed(self) -> Tensor:
+        """The codes as uint8 [m, ceil(K*M*bits/8)], what is saved."""
+        held = self._buffers["packed"]
+        return torch.ops.rbe.deinterleave(held, self.out_features) if is_interleaved(held) else held
+
+    def _hold_codes_for_kernels(self) -> None:
+        """Lays the codes out as the kernels of their device read them."""
+        self._buffers["packed"] = for_kernels(self._buffers["packed"], self.out_features, self.layout)
 
     @property
     def codes(self) -> Tensor:
@@ -268,8 +281,10 @@ class RBELinear(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.packed.device)).dtype
-        return super()._apply(keep_format, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._buffers["packed"].device)).dtype
+        super()._apply(keep_format, recurse)
+        self._hold_codes_for_kernels()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -290,6 +305,8 @@ class RBELinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.commit_amplitude()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_interleaved(self._buffers["packed"]):
+            destination[prefix + "packed"] = self.packed
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]] |= {"layout": str(self.layout), "in_features": self.in_features}
 
@@ -302,7 +319,9 @@ class RBELinear(nn.Module):
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{where}: {error}")
             return
+        self.packed = self.packed  # entries are copied into packed codes
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._hold_codes_for_kernels()
         if self.layout.seeded and not self.seed.is_meta:
             self._options = {**self._options, "seed": int(self.seed)}
         problem = self.problem()
