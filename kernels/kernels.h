@@ -119,8 +119,8 @@ typedef struct rbe_kernels {
 
     // Products of digits, all NULL where there is no matrix unit for bytes; avx512/integer__avx512amx.c has the formulas and the shapes. Between
     // split_begin and split_end. A step is 64 columns; x and W are [steps][2 or digits][...].
-    // x [tokens <= 16][cols] -> [steps][2][16][64] with unit[t] for every token, the rest zero.
-    void (*digits_of_tokens)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, const float *unit, int8_t *out);
+    // x [tokens <= 16][cols] -> [steps][2][16][64] and unit [16], zeros for tokens that do not exist; false if x is not finite.
+    bool (*digits_of_tokens)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out);
     // Interleaved codes [columns / g * stages][64] -> [steps][digits][4][16][16][4]; table [digits][stages][g][256]; g and columns are multiples of 4.
     void (*digits_of_codes)(int64_t columns, int64_t stages, int64_t g, const uint8_t *idx, const int8_t *table, int digits, int8_t *out);
     // y [16][64], rows of W in the order of the tiles, = or += the product of `steps`.
@@ -167,7 +167,7 @@ void rbe_split_begin__avx512amx(void);
 void rbe_split_end__avx512amx(void);
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,
                                float *c, int64_t c_row, bool accumulate);
-void rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, const float *unit, int8_t *out);
+bool rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out);
 void rbe_digits_of_codes__avx512amx(int64_t columns, int64_t stages, int64_t g, const uint8_t *idx, const int8_t *table, int digits, int8_t *out);
 void rbe_digits_multiply__avx512amx(int64_t steps, const int8_t *x, const int8_t *w, int digits, float step, float base, const float *unit,
                                     float *y, bool first);

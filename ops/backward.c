@@ -105,13 +105,14 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
     rbe_status status = rbe_choose_kernels(&kernels, err);
     if (status == RBE_OK) status = check(w, dy, x, out, err);
     if (status != RBE_OK) return status;
+    if (w->real == RBE_F64) {
+        rbe_reference_linear_backward(w, dy, x, out);
+        return RBE_OK;
+    }
     const rbe_scratch_mark mark = rbe_scratch_begin();
     rbe_weight rows;
     status = rbe_as_packed(kernels, w, threads, &rows, err);
-    if (status == RBE_OK && w->real == RBE_F64)
-        rbe_reference_linear_backward(&rows, dy, x, out);
-    else if (status == RBE_OK)
-        status = run(kernels, &rows, dy, x, out, threads, err);
+    if (status == RBE_OK) status = run(kernels, &rows, dy, x, out, threads, err);
     rbe_scratch_end(mark);
     return status;
 }

@@ -116,7 +116,7 @@ rbe_status rbe_check_codes(const rbe_weight *w, rbe_error *err) {
     rbe_status status = rbe_check_shape(w, err);
     if (status != RBE_OK) return status;
     const int given = !!w->words + !!w->packed + !!w->interleaved;
-    if (given != 1) return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: exactly one of words, packed and interleaved must be given, not %d", given);
+    if (given != 1) return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: must be given in exactly one form, words, packed or interleaved, not in %d", given);
     if (w->interleaved) {
         if (w->layout.field == RBE_FIELD_RBE8) return RBE_OK;
         return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: are interleaved, but only codes of one byte (rbe8) can be, not of %d bits",

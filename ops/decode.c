@@ -27,12 +27,14 @@ rbe_status rbe_decode(const rbe_weight *w, void *dense, const rbe_parallel *thre
     if (status == RBE_OK) status = rbe_check_weight(w, err);
     if (status != RBE_OK) return status;
     if (!dense) return rbe_fail(err, RBE_BAD_ARGUMENT, "dense: has no data");
+    if (w->real == RBE_F64) {
+        rbe_reference_decode(w, dense);
+        return RBE_OK;
+    }
     const rbe_scratch_mark mark = rbe_scratch_begin();
     rbe_weight rows;
     status = rbe_as_packed(kernels, w, threads, &rows, err);
-    if (status == RBE_OK && w->real == RBE_F64) {
-        rbe_reference_decode(&rows, dense);
-    } else if (status == RBE_OK) {
+    if (status == RBE_OK) {
         rbe_job job = {.kernels = kernels, .w = &rows, .threads = threads};
         pass s = {&job, dense};
         rbe_run(threads, w->rows, 16, decode_rows, &s);

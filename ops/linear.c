@@ -3,9 +3,8 @@
 #include "../kernels/reference/reference.h"
 #include "product.h"
 
-static rbe_path plan(const rbe_job *job, bool bytes) {
-    const rbe_weight *w = job->w;
-    return rbe_plan_linear(job->kernels, &w->layout, w->rows, w->cols, job->x->rows, job->fast, bytes && (w->packed || w->interleaved));
+static rbe_path plan(const rbe_job *job, rbe_form form) {
+    return rbe_plan_linear(job->kernels, &job->w->layout, job->w->rows, job->w->cols, job->x->rows, job->fast, form);
 }
 
 static rbe_status run_floats(rbe_job *job, rbe_path path, rbe_error *err) {
@@ -25,7 +24,7 @@ static rbe_status run_floats(rbe_job *job, rbe_path path, rbe_error *err) {
     return status;
 }
 
-rbe_status rbe_linear_floats(rbe_job *job, rbe_error *err) { return run_floats(job, plan(job, false), err); }
+rbe_status rbe_linear_floats(rbe_job *job, rbe_error *err) { return run_floats(job, plan(job, RBE_FORM_WORDS), err); }
 
 rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias, const rbe_matrix *y, rbe_accuracy accuracy,
                       const rbe_parallel *threads, rbe_error *err) {
@@ -40,16 +39,12 @@ rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias
         return rbe_fail(err, RBE_BAD_ARGUMENT, "accuracy: %d is not auto, exact or fast", (int)accuracy);
     if (x->rows == 0) return RBE_OK;
     if (w->real == RBE_F64) {
-        const rbe_scratch_mark mark = rbe_scratch_begin();
-        rbe_weight rows;
-        status = rbe_as_packed(kernels, w, threads, &rows, err);
-        if (status == RBE_OK) rbe_reference_linear(&rows, x, bias, y);
-        rbe_scratch_end(mark);
-        return status;
+        rbe_reference_linear(w, x, bias, y);
+        return RBE_OK;
     }
     rbe_job job = {.kernels = kernels, .w = w, .x = x, .y = y, .bias = bias, .threads = threads};
     job.fast = rbe_is_fast(accuracy, x->dtype);
-    const rbe_path path = plan(&job, true);
+    const rbe_path path = plan(&job, w->interleaved ? RBE_FORM_INTERLEAVED : w->packed ? RBE_FORM_PACKED : RBE_FORM_WORDS);
     if (path == RBE_PATH_LUT8) return rbe_linear_lut8(&job, err);
     return path == RBE_PATH_DIGITS ? rbe_linear_digits(&job, err) : run_floats(&job, path, err);
 }

@@ -3,7 +3,6 @@
 // x has two digits, an error of 2^-15 of the token's largest entry. W has one digit for few tokens, where making it dominates (an error of 1.5 % of
 // the root mean square of W at two stages), else two (2e-4). A token that is not finite has no digits: the other paths take over.
 #include <math.h>
-#include <string.h>
 
 #include "product.h"
 
@@ -11,7 +10,6 @@ enum {
     TOKENS = 256,     // a block of tokens shares the decoded rows
     COLUMNS = 2048,   // of x that pass over all rows before the next ones: with TOKENS, 1 MB of digits in L2
     TOKEN_TILE = 16,
-    ONE_DIGIT_TOKENS = 32,
     STEP = 64,
     STEP_BYTES = 1024,
 };
@@ -73,18 +71,8 @@ static void load_tokens(int64_t begin, int64_t end, void *context) {
     for (int64_t i = begin; x && i < end; ++i) {
         const int64_t t = i * TOKEN_TILE, tokens = rbe_min(TOKEN_TILE, s->tokens - t);
         rbe_load_rows(s->job->kernels, s->job->x, s->t0 + t, tokens, 0, w->cols, x, w->cols);
-        for (int64_t k = 0; k < TOKEN_TILE; ++k) {
-            float largest = 0.0f;
-            bool finite = true;
-            for (int64_t j = 0; k < tokens && j < w->cols; ++j) {
-                const float entry = fabsf(x[k * w->cols + j]);
-                finite &= entry <= 3.4e38f;
-                largest = entry > largest ? entry : largest;
-            }
-            if (!finite) atomic_store(&s->infinite, true);
-            s->unit[t + k] = largest > 1e-36f ? largest / 126.0f : 0.0f;
-        }
-        s->job->kernels->digits_of_tokens(tokens, w->cols, x, w->cols, s->base, s->unit + t, s->x + i * s->steps * 2 * STEP_BYTES);
+        if (!s->job->kernels->digits_of_tokens(tokens, w->cols, x, w->cols, s->base, s->unit + t, s->x + i * s->steps * 2 * STEP_BYTES))
+            atomic_store(&s->infinite, true);
     }
     rbe_scratch_end(mark);
 }
@@ -149,7 +137,7 @@ rbe_status rbe_linear_digits(rbe_job *job, rbe_error *err) {
     const rbe_weight *w = job->w;
     const int64_t tiles = rbe_interleaved_tiles(w->rows), share = rbe_share(job->threads, tiles, 1);
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    pass s = {.job = job, .digits = job->x->rows <= ONE_DIGIT_TOKENS && w->layout.stages <= 2 ? 1 : 2};
+    pass s = {.job = job, .digits = rbe_weight_digits(&w->layout, job->x->rows)};
     if (!take_buffers(&s)) atomic_store(&job->failed, true);
     bool possible = !atomic_load(&job->failed) && make_table(&s);
     for (; possible && s.t0 < job->x->rows; s.t0 += TOKENS) {

@@ -19,14 +19,20 @@ typedef enum rbe_path {
     RBE_PATH_DECODE,       // a decoded tile in a dense product
 } rbe_path;
 
+// How codes are given.
+typedef enum rbe_form { RBE_FORM_WORDS, RBE_FORM_PACKED, RBE_FORM_INTERLEAVED } rbe_form;
+
 rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, bool fast,
-                         bool packed);
+                         rbe_form form);
 rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens);
 
 // Whether a product of these activations may round tables and weights: auto is exact for float32 and fast for the half types.
 static inline bool rbe_is_fast(rbe_accuracy accuracy, rbe_dtype x) {
     return accuracy == RBE_ACCURACY_FAST || (accuracy == RBE_ACCURACY_AUTO && (x == RBE_BF16 || x == RBE_F16));
 }
+
+// Digits of W on the path of digits: one where making it dominates, unless the stages leave a digit too few steps.
+int rbe_weight_digits(const rbe_layout *layout, int64_t tokens);
 
 // From now on this path wherever the layout has it, for tests: not while a product is computed.
 void rbe_use_path(rbe_path path);

@@ -67,7 +67,7 @@ def for_kernels(codes: Tensor | None, rows: int, layout: Layout) -> Tensor | Non
     if codes is None or codes.is_meta:
         return codes
     padded = -(-rows // 64) * 64
-    gains = layout.field == "rbe8" and codes.device.type == "cpu" and 10 * padded <= 11 * rows and _ops.reads_interleaved()
+    gains = layout.fields == "rbe8" and not layout.residual and codes.device.type == "cpu" and 10 * padded <= 11 * rows and _ops.reads_interleaved()
     if gains == is_interleaved(codes):
         return codes
     return torch.ops.rbe.interleave(codes) if gains else torch.ops.rbe.deinterleave(codes, rows)

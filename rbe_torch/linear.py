@@ -58,6 +58,7 @@ class RBELinear(nn.Module):
         if generator is None and seed is not None:
             generator = torch.Generator().manual_seed(seed_value(seed))
         m, n = self.out_features, self.in_features
+        self._buffers["packed"] = None  # `packed` and `gain` are properties, so their entries are made before they are registered
         self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
         own_basis = basis is None
         if own_basis:
@@ -67,9 +68,10 @@ class RBELinear(nn.Module):
         self.register_parameter("basis", basis)
         self.register_parameter("amplitude", None)
         self.register_parameter("log_gain", None)
-        self._parameters["gain"] = None  # `gain` is a property, so the entry is made before the parameter is registered
+        self._parameters["gain"] = None
         self.register_parameter("gain", nn.Parameter(torch.empty(m, dtype=torch.float32, device=device), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(m, dtype=self._dtype, device=device)) if bias else None)
+        self._accuracy = "auto"
         self._options: dict[str, Any] = {"layout": str(layout), "in_features": n, "seed": 0}
         if layout.seeded:
             self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
@@ -236,6 +238,17 @@ class RBELinear(nn.Module):
         return self._dtype
 
     @property
+    def accuracy(self) -> str:
+        """Class of the forward product (docs/operators.md): "auto", which is exact for float32 and fast for bfloat16 and float16, "exact" or "fast"."""
+        return self._accuracy
+
+    @accuracy.setter
+    def accuracy(self, value: str) -> None:
+        if value not in ("auto", "exact", "fast"):
+            raise ValueError(f"accuracy: is {value!r}, must be 'auto', 'exact' or 'fast'")
+        self._accuracy = value
+
+    @property
     def bits_per_weight(self) -> float:
         """Codes, gain and residual, without the basis, which layers may share."""
         m, n = self.out_features, self.in_features
@@ -263,7 +276,7 @@ class RBELinear(nn.Module):
             amplitude = amplitude.double()  # the operator wants the dtype of its sums
         return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(),
                    parameters["bias"], amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
-                   buffers["residual_right_scale"], **self._options)
+                   buffers["residual_right_scale"], accuracy=self._accuracy, **self._options)
 
     def commit_amplitude(self) -> None:
         """Writes the amplitudes of a layer in training form into its packed codes. Saving does so by itself."""

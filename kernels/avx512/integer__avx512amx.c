@@ -17,14 +17,25 @@
 
 enum { TILE = 1024 };
 
-void rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, const float *unit, int8_t *out) {
+static inline __mmask16 first(int64_t n) { return n >= 16 ? (__mmask16)0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1u); }
+
+bool rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out) {
     const int64_t steps = (cols + 63) / 64;
+    bool finite = true;
     for (int64_t t = 0; t < 16; ++t) {
-        const float scale = t < tokens && unit[t] > 0.0f ? 1.0f / unit[t] : 0.0f;
+        const int64_t here = t < tokens ? cols : 0;
+        __m512i top = _mm512_setzero_si512();
+        for (int64_t j = 0; j < here; j += 16) {
+            const __m512i entry = _mm512_maskz_loadu_epi32(first(here - j), x + t * x_row + j);
+            top = _mm512_max_epu32(top, _mm512_and_si512(entry, _mm512_set1_epi32(0x7FFFFFFF)));
+        }
+        const uint32_t largest = _mm512_reduce_max_epu32(top);
+        finite &= largest < 0x7F800000u;
+        // a token of nothing but numbers below 1e-36 counts as zero: the inverse of its unit is not a float
+        unit[t] = largest < 0x03AA2425u ? 0.0f : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)largest))) / 126.0f;
+        const __m512 scale = _mm512_set1_ps(unit[t] > 0.0f ? 1.0f / unit[t] : 0.0f);
         for (int64_t j = 0; j < steps * 64; j += 16) {
-            const int64_t left = t < tokens ? cols - j : 0;
-            const __mmask16 mask = left >= 16 ? (__mmask16)0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1u);
-            const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + t * x_row + j), _mm512_set1_ps(scale));
+            const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(here - j), x + t * x_row + j), scale);
             const __m512i high = _mm512_cvtps_epi32(value);
             const __m512 rest = _mm512_sub_ps(value, _mm512_cvtepi32_ps(high));
             const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(base)));
@@ -33,6 +44,7 @@ void rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *
             _mm_storeu_si128((__m128i *)(void *)(to + TILE), _mm512_cvtepi32_epi8(low));
         }
     }
+    return finite;
 }
 
 // 64 rows: the digit of one element of a group, stages added
