@@ -14,13 +14,14 @@ path := PATH="$(abspath $(VENV))/bin:$$PATH" MAKEFLAGS=--no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-c test-asan bench wheel build clean needs-build needs-tests
+.PHONY: help demo test test-c test-asan bench bench-peers wheel build clean needs-build needs-tests
 
 help:
 	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
 	@echo 'make test        C tests (GoogleTest), then Python tests (pytest)'
 	@echo 'make test-asan   C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make bench       time the products and their gradients against torch; results in $(OUT)/'
+	@echo 'make bench-peers  one layer beside bitsandbytes, hqq, quanto, torchao, aqlm and torch'"'"'s own, in $(VENV)-peers'
 	@echo 'make wheel       dist/rbe_torch-*.whl'
 	@echo 'make build       editable install in $(VENV); run it again after changing C code'
 	@echo 'make clean       remove what was built (the environment stays: rm -r $(VENV))'
@@ -107,6 +108,14 @@ bench: $(VENV)/base
 	@mkdir -p '$(OUT)'
 	$(py) benchmarks/linear.py --out '$(OUT)'
 	$(py) benchmarks/backward.py --out '$(OUT)'
+
+peers := $(VENV)-peers
+bench-peers: $(VENV)/base
+	@$(compile)
+	@$(py) -m venv $(peers) && $(py) $(purelib) >"$$($(peers)/bin/python $(purelib))/rbe_torch_beside_peers.pth"
+	@for peer in torchao bitsandbytes hqq optimum-quanto 'aqlm[cpu]'; do \
+		$(peers)/bin/pip install --quiet --disable-pip-version-check -c $(VENV)/torch.txt "$$peer" || echo "left out: $$peer"; done
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(peers)/bin/python benchmarks/peers.py --out '$(OUT)'
 
 test: needs-tests test-c $(VENV)/test
 	@$(compile)

@@ -124,9 +124,13 @@ rbe_status rbe_check_codes(const rbe_weight *w, rbe_error *err) {
     if (!w) return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: is NULL");
     rbe_status status = rbe_check_shape(w, err);
     if (status != RBE_OK) return status;
-    if (!w->words == !w->packed)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: exactly one of words and packed must be given, not %s",
-                        w->words ? "both" : "neither");
+    const int given = !!w->words + !!w->packed + !!w->interleaved;
+    if (given != 1) return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: must be given in exactly one form, words, packed or interleaved, not in %d", given);
+    if (w->interleaved) {
+        if (w->layout.field == RBE_FIELD_RBE8) return RBE_OK;
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: are interleaved, but only codes of one byte (rbe8) can be, not of %d bits",
+                        (int)w->layout.bits);
+    }
     return w->words ? check_words(w, err) : check_packed(w, err);
 }
 
@@ -156,7 +160,7 @@ rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err) {
     rbe_status status = rbe_check_codes(w, err);
     if (status != RBE_OK) return status;
     if (!w->words || !packed)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "%s", w->words ? "packed: is NULL" : "codes: pack takes words, not packed bytes");
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "%s", w->words ? "packed: is NULL" : "codes: pack takes words, not bytes");
     const int64_t count = w->groups * w->layout.stages, bytes = rbe_packed_row_bytes(&w->layout, w->groups);
     for (int64_t row = 0; row < w->rows; ++row) {
         const int32_t *words = w->words + row * count;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _ops
 from .layout import Layout
 
 SIGN_BIT = 1 << 9
@@ -67,3 +68,19 @@ def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch
         return with_amplitude(words, (scale / 2).asinh(), layout)  # their curve is 2 sinh(u)
     amplitude = scale.sign() * scale.abs().log1p() / 2  # exp(2u) - 1 = |scale|
     return with_amplitude(words | CURVE_EXP, amplitude, layout)
+
+
+def is_interleaved(codes: Tensor | None) -> bool:
+    """Whether these are interleaved codes of one byte, uint8 [ceil(m/64), K*M, 64]: docs/format.md."""
+    return codes is not None and codes.dtype == torch.uint8 and codes.dim() == 3
+
+
+def for_kernels(codes: Tensor | None, rows: int, layout: Layout) -> Tensor | None:
+    """Packed or interleaved codes in whichever of the two forms the kernels of their device read best; rows are padded by a tenth at most."""
+    if codes is None or codes.is_meta:
+        return codes
+    padded = -(-rows // 64) * 64
+    gains = layout.fields == "rbe8" and not layout.residual and codes.device.type == "cpu" and 10 * padded <= 11 * rows and _ops.reads_interleaved()
+    if gains == is_interleaved(codes):
+        return codes
+    return torch.ops.rbe.interleave(codes) if gains else torch.ops.rbe.deinterleave(codes, rows)

@@ -67,7 +67,7 @@ class LatentLinear(RBELinear):
             codes = drawn_codes(self.latent, self.basis, parts.gain, self.layout, self.temperature)
         if self.amplitude_bits < 8:
             codes = coarser(codes, self.amplitude_bits, self)
-        self.packed.copy_(torch.ops.rbe.pack(codes, **self._options))
+        self.packed = torch.ops.rbe.pack(codes, **self._options)
         self._parameters["gain"].copy_(parts.gain)
         for name, tensor in parts.residual.items():
             self._buffers[name].copy_(tensor)
@@ -116,6 +116,7 @@ def finish_latent(layers: list[RBELinear]) -> None:
             raise ValueError(f"latent: has {int((~torch.isfinite(layer.latent)).sum())} values that are not finite, must have none")
     for layer in layers:
         layer.decoded(noisy=False)
+        layer._hold_codes_for_kernels()
         del layer._parameters["latent"], layer._buffers["error"], layer._buffers["age"], layer.interval, layer.amplitude_bits, layer.temperature
         layer.__class__ = RBELinear
 

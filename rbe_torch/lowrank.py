@@ -131,7 +131,9 @@ def _set_residual(layer: RBELinear, tensors: dict[str, Tensor] | None) -> None:
     """Gives the layer this low-rank residual and the layout that has it, or takes it away."""
     rank = None if tensors is None else tensors["residual"].shape[1]
     layout: Layout = replace(layer.layout, residual=None if rank is None else f"lr{rank}")
+    layer._buffers["packed"] = layer.packed  # which form codes are held in goes by the layout
     layer.layout = layout
     layer._options = {**layer._options, "layout": str(layout)}
     for name in _NAMES:
         layer._buffers[name] = None if tensors is None else tensors[name]
+    layer._hold_codes_for_kernels()

@@ -92,7 +92,7 @@ class ColumnParallel(ParallelStyle):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and not isinstance(parameter, DTensor):
                 module._parameters[name] = _distributed_parameter(parameter, device_mesh, places.get(name, Replicate()))
-        module._buffers["packed"] = distribute_tensor(module._buffers["packed"], device_mesh, [places["packed"]])
+        module._buffers["packed"] = distribute_tensor(module.packed, device_mesh, [places["packed"]])
         module.register_forward_pre_hook(lambda _, inputs: (self._come_in(inputs[0], device_mesh), *inputs[1:]))
         module.register_forward_hook(lambda _, __, output: self._go_out(output))
         return module

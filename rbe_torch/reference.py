@@ -278,6 +278,8 @@ def _residual(parsed: _Parsed, values: Tensor, scales: Tensor | None, right: Ten
 def _dense(words: Tensor, basis: Tensor, gain: Tensor, amplitude: Tensor | None, parsed: _Parsed, in_features: int, seed: int, row0: int,
            k0: int, rounded: bool, real: torch.dtype) -> Tensor:  # fmt: skip
     """What the codes alone decode to, padding included: [m, K*g] of dtype `real`."""
+    if words.dtype == torch.uint8 and words.dim() == 3:
+        words = words.movedim(1, 2).reshape(-1, words.shape[1])[: gain.shape[0]]  # interleaved -> packed
     if words.dtype == torch.uint8:
         words = _unpack(words, parsed, in_features, seed, row0, k0)
     rows, groups, stages = words.shape
@@ -302,7 +304,7 @@ def decode(
     """W [m, n] in float32 (float64 if `basis` is), differentiable in basis, gain and amplitude.
 
     Args:
-        words: int32 [m, K, M] or packed uint8.
+        words: int32 [m, K, M], packed uint8, or interleaved uint8.
         basis: [M, 256, g]. gain: [m]. amplitude: [m, K, M] or None.
         in_features: n of the whole layer; a shard (row0, k0) decodes the columns of its own groups.
         rounded: False interpolates the curve at the raw amplitude.

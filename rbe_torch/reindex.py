@@ -166,7 +166,7 @@ class Reindexer:
         words = torch.ops.rbe.unpack(layer.packed, **layer._options)
         flat = words.view(-1)
         flat[codes] = (flat[codes] & ~(255 << IDX_SHIFT)) | (idx.to(torch.int32) << IDX_SHIFT)
-        layer.packed.copy_(torch.ops.rbe.pack(words, **layer._options))
+        layer.packed = torch.ops.rbe.pack(words, **layer._options)
         layer.amplitude.detach().view(-1)[codes] = amplitude.to(layer.amplitude.dtype)
         if reset:
             self._reset(layer, codes)

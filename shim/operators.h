@@ -10,6 +10,8 @@ rbe_status rbe_op_decode(rbe_call *call);
 rbe_status rbe_op_encode(rbe_call *call);
 rbe_status rbe_op_pack(rbe_call *call);
 rbe_status rbe_op_unpack(rbe_call *call);
+rbe_status rbe_op_interleave(rbe_call *call);
+rbe_status rbe_op_deinterleave(rbe_call *call);
 
 // What a tensor of this dtype computes in: float64 on the reference kernels, float32 for everything else.
 static inline rbe_dtype rbe_real_of(rbe_dtype dtype) { return dtype == RBE_F64 ? RBE_F64 : RBE_F32; }

@@ -45,6 +45,23 @@ rbe_status rbe_bind_groups(rbe_call *call, int64_t in_features, int64_t groups, 
     return RBE_OK;
 }
 
+static rbe_status bind_interleaved(rbe_call *call, const rbe_view *codes, rbe_weight *out, int64_t *groups) {
+    const int64_t stages = out->layout.stages, tiles = rbe_interleaved_tiles(out->rows);
+    if (out->layout.field != RBE_FIELD_RBE8) {
+        return rbe_call_fail(call, "%s: has shape %s; only codes of rbe8 can be interleaved, those of this layout are packed bytes [m, ceil(K*M*%d/8)]",
+                             codes->name, rbe_shape_text(codes->dims, codes->sizes), (int)out->layout.bits);
+    }
+    if (codes->sizes[0] != tiles || codes->sizes[1] < 1 || codes->sizes[1] % stages || codes->sizes[2] != RBE_INTERLEAVED_ROWS) {
+        return rbe_call_fail(call, "%s: has shape %s; interleaved codes must be [ceil(m/64) = %lld, K * %lld, 64]", codes->name,
+                             rbe_shape_text(codes->dims, codes->sizes), (long long)tiles, (long long)stages);
+    }
+    *groups = codes->sizes[1] / stages;
+    const void *dense;
+    rbe_status status = rbe_dense_bytes(call, codes, 1, &dense);
+    out->interleaved = dense;
+    return status;
+}
+
 rbe_status rbe_bind_codes(rbe_call *call, const rbe_view *codes, rbe_weight *out, int64_t *groups) {
     const rbe_layout *layout = &out->layout;
     int64_t stages = layout->stages;
@@ -58,6 +75,8 @@ rbe_status rbe_bind_codes(rbe_call *call, const rbe_view *codes, rbe_weight *out
         rbe_status status = rbe_dense_bytes(call, codes, 4, &dense);
         if (status != RBE_OK) return status;
         out->words = dense;
+    } else if (codes->dtype == torch.aoti_torch_dtype_uint8() && codes->dims == 3 && out->rows > 0) {
+        return bind_interleaved(call, codes, out, groups);
     } else if (codes->dtype == torch.aoti_torch_dtype_uint8()) {
         if (codes->dims != 2) {
             return rbe_call_fail(call, "%s: has shape %s; packed codes must be [m, ceil(K*M*%d/8)]", codes->name,
@@ -161,6 +180,8 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
     *views = (rbe_weight_views){.has_amplitude = false};
     int64_t in_features, groups = 0;
     rbe_status status = rbe_bind_layout(call, at->layout, out, &in_features);
+    if (status == RBE_OK) status = view_at(call, at->gain, "gain", &views->gain);
+    if (status == RBE_OK && views->gain.dims == 1) out->rows = views->gain.sizes[0];
     if (status == RBE_OK && at->codes >= 0) status = view_at(call, at->codes, "codes", &views->codes);
     if (status == RBE_OK && at->codes >= 0) status = rbe_bind_codes(call, &views->codes, out, &groups);
     if (status == RBE_OK) status = rbe_bind_groups(call, in_features, groups, cols, out);
@@ -170,7 +191,6 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
     status = view_at(call, at->basis, "basis", &views->basis);
     if (status == RBE_OK) status = rbe_expect_shape(call, &views->basis, 3, basis_shape, "[M, 256, g]");
     if (status == RBE_OK) status = rbe_dense_float(call, &views->basis, real, &out->basis);
-    if (status == RBE_OK) status = view_at(call, at->gain, "gain", &views->gain);
     if (status == RBE_OK) status = rbe_expect_shape(call, &views->gain, 1, &out->rows, "[m]");
     if (status == RBE_OK) status = rbe_dense_float(call, &views->gain, real, &out->gain);
     if (status != RBE_OK) return status;

@@ -87,6 +87,15 @@ def test_documented_rows_pack_to_the_documented_bytes():
             assert torch.equal(side.unpack(packed, **keywords), codes), layout
 
 
+def test_documented_rows_interleave_to_the_documented_bytes():
+    ((packed, interleaved),) = [row for row in rows(2, "") if row[0][:1].isdigit()]
+    codes = torch.tensor([list(bytes.fromhex(row)) for row in packed.split()], dtype=torch.uint8)
+    columns = torch.tensor([list(bytes.fromhex(column)) for column in interleaved.split()], dtype=torch.uint8)
+    got = torch.ops.rbe.interleave(codes)
+    assert got.shape == (1, codes.shape[1], 64) and torch.equal(got[0, :, : columns.shape[1]], columns)
+    assert not got[0, :, columns.shape[1] :].any()
+
+
 @pytest.mark.parametrize("field", ["rbe22", "rbe32"])
 def test_every_curve_decodes_alike_in_c_and_torch(field):
     generator = torch.Generator().manual_seed(0)

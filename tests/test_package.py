@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import rbe_torch
 
@@ -45,3 +46,19 @@ def test_a_name_that_is_not_there_is_an_attribute_error(name: str) -> None:
 
 def test_every_public_name_is_there() -> None:
     assert set(rbe_torch.__all__) <= set(dir(rbe_torch)) and all(callable(getattr(rbe_torch, name)) for name in rbe_torch.__all__)
+
+
+def test_show_config_names_the_class_that_activations_of_a_dtype_take() -> None:
+    shapes = [("rbe8x2_g8", 512, 512, 4, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+    exact, *fast, reference = rbe_torch.show_config(shapes)["kernels"].values()
+    assert ", exact, " in exact and all(", fast, " in text for text in fast) and reference == "reference, float64"
+
+
+@pytest.mark.parametrize("shape, message", [
+    (("rbe8x2_g8", 512, 512, 4, torch.int8), "dtype: is torch.int8"),
+    (("rbe8x2_g8", 0, 512, 4, torch.float32), "out_features: is 0"),
+    (("rbe7_g8", 512, 512, 4, torch.float32), "layout"),
+])
+def test_show_config_refuses_a_shape_that_cannot_be(shape: tuple, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        rbe_torch.show_config([shape])

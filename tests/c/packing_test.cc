@@ -129,8 +129,8 @@ TEST(Packing, RefusesShapesThatDoNotAgree) {
     refused("a shard before the layer", "row0, k0", [](rbe_weight &w) { w.row0 = -1; });
     refused("a shard past the layer's groups", "row0, k0", [](rbe_weight &w) { w.k0 = w.groups_total; });
     refused("another seed", "seed", [](rbe_weight &w) { w.seed ^= 1; });
-    refused("neither words nor bytes", "neither", [](rbe_weight &w) { w.words = nullptr; });
-    refused("both words and bytes", "both", [](rbe_weight &w) { w.packed = (const uint8_t *)w.words; });
+    refused("neither words nor bytes", "not in 0", [](rbe_weight &w) { w.words = nullptr; });
+    refused("both words and bytes", "not in 2", [](rbe_weight &w) { w.packed = (const uint8_t *)w.words; });
     refused("a field that is none", "layout", [](rbe_weight &w) { w.layout.field = RBE_FIELD_COUNT; });
     refused("bits of another field", "layout", [](rbe_weight &w) { w.layout.bits = 22; });
     refused("no stages", "layout", [](rbe_weight &w) { w.layout.stages = 0; });
