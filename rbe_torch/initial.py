@@ -7,8 +7,8 @@ exactly
     mode "fan_in"    f^2          the output of a row has f^2 times the variance of the input       (activations)
     mode "fan_out"   f^2 n / m    the same for what goes back                                        (gradients)
 
-with f = nn.init.calculate_gain(nonlinearity): 1 for linear, sqrt 2 for relu, 5/3 for tanh. Exactly, because a row of few codes would differ
-much from its mean.
+(at most 4 times the median gain), with f = nn.init.calculate_gain(nonlinearity): 1 for linear, sqrt 2 for relu, 5/3 for tanh. Exactly,
+because a row of few codes would differ much from its mean.
 
 Layouts whose codes have no sign (rbe8) do not keep it through relu: their rows share the mean of the basis, and inputs that are all
 positive add it up.
@@ -25,6 +25,9 @@ from .encode import fp16_gain
 from .linear import RBELinear
 
 _ROWS = 64  # decoded at a time
+# Times the median: a row of one or two codes can be drawn with almost nothing in it, and a gain that makes up for it explodes when they
+# grow.
+LARGEST_GAIN = 4.0
 
 
 def row_squares(layer: RBELinear) -> Tensor:
@@ -57,7 +60,9 @@ def keep_variance(layer: RBELinear, nonlinearity: str = "linear", mode: str = "f
     factor = calculated_gain(nonlinearity, param)
     if mode == "fan_out":
         factor *= math.sqrt(layer.in_features / layer.out_features)
-    gain = fp16_gain(factor / row_squares(layer).clamp(min=1e-30).sqrt())
+    squares = row_squares(layer)
+    floor = squares.median() / LARGEST_GAIN**2
+    gain = fp16_gain(factor / squares.clamp(min=float(floor) or 1.0).sqrt())
     if layer.log_gain is not None:
         layer.log_gain.copy_(gain.log())
     else:

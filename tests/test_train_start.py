@@ -43,6 +43,13 @@ def test_the_gains_of_fan_out_keep_gradients_in_a_narrowing_layer() -> None:
     assert lin.weight.square().sum(1).sub(4).abs().max() < 0.02  # every row the same: 512 / 128
 
 
+def test_a_row_drawn_with_almost_nothing_in_it_gets_no_huge_gain() -> None:
+    """Rows of one code each, some of amplitude 0: their gain was 65504, and training them ended beyond fp16."""
+    lin = RBELinear(64, 512, bias=False, layout="rbe22_g128", seed=1)
+    rbe_torch.keep_variance(lin, "relu")
+    assert float(lin.gain.max()) <= 4.01 * float(lin.gain.median())
+
+
 @pytest.mark.parametrize("call, text", [
     (lambda m: rbe_torch.convert(m, nonlinearity="gelu2"), "nonlinearity: is 'gelu2'"),
     (lambda m: rbe_torch.keep_variance(RBELinear(8, 8), mode="fan"), "mode: is 'fan'"),
