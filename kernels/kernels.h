@@ -29,7 +29,7 @@ typedef struct rbe_code_row {
     const int32_t *words;    // [count] interchange words, or
     const uint8_t *packed;   // the packed bytes
     const float *amplitude;  // [count] or NULL: replaces sign, amp and amp_fine
-    uint32_t seed, first;    // rbe9r, packed: the seed and c of code 0 (kernels/format.h)
+    uint32_t seed, first;    // seeded idx, packed: the seed and c of code 0 (kernels/format.h)
 } rbe_code_row;
 
 typedef struct rbe_kernels {

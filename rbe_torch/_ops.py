@@ -109,17 +109,21 @@ def _columns(groups, *, layout, in_features, k0=0):
     return torch.sym_min(groups * group, in_features - k0 * group)
 
 
-def _groups(codes, layout):
+def _groups(codes, layout, in_features, k0):
+    """K of a shard: of words, or of packed bytes, whose padding could hold codes of a few bits that are not meant."""
     parsed = Layout.parse(layout)
-    if codes.dim() == 3 and codes.dtype == torch.uint8:
+    if codes.dtype == torch.int32:
+        return codes.shape[1]
+    if codes.dim() == 3:  # interleaved
         return codes.shape[1] // parsed.stages
-    return codes.shape[1] if codes.dtype == torch.int32 else codes.shape[1] * 8 // (parsed.bits * parsed.stages)
+    held = codes.shape[1] * 8 // (parsed.bits * parsed.stages)
+    return held if parsed.bits * parsed.stages >= 8 else torch.sym_min(held, parsed.groups(in_features) - k0)
 
 
 def _fake_decode(codes, basis, gain, amplitude=None, residual=None, residual_scale=None, residual_right=None, residual_right_scale=None, *,
                  layout, in_features, k0=0, **_):  # fmt: skip
     real = torch.float64 if basis.dtype == torch.float64 else torch.float32
-    return basis.new_empty(gain.shape[0], _columns(_groups(codes, layout), layout=layout, in_features=in_features, k0=k0), dtype=real)
+    return basis.new_empty(gain.shape[0], _columns(_groups(codes, layout, in_features, k0), layout=layout, in_features=in_features, k0=k0), dtype=real)
 
 
 def _fake_encode(weight, basis, gain, *, layout, **_):
@@ -132,8 +136,8 @@ def _fake_pack(codes, *, layout, **_):
     return codes.new_empty(codes.shape[0], (codes.shape[1] * parsed.stages * parsed.bits + 7) // 8, dtype=torch.uint8)
 
 
-def _fake_unpack(packed, *, layout, **_):
-    return packed.new_empty(packed.shape[0], _groups(packed, layout), Layout.parse(layout).stages, dtype=torch.int32)
+def _fake_unpack(packed, *, layout, in_features, k0=0, **_):
+    return packed.new_empty(packed.shape[0], _groups(packed, layout, in_features, k0), Layout.parse(layout).stages, dtype=torch.int32)
 
 
 def _fake_interleave(packed):

@@ -7,6 +7,7 @@ Tensors (m out_features, n in_features, g group, K = ceil(n/g) groups, M stages;
     gain      float32 [m]                     parameter   positive
     bias      [m] or None                     parameter   the layer's dtype
     seed      int64   []                      buffer      layouts ending in r only
+    basis_seed  int64 []                      buffer      only where the basis is drawn from a seed and frozen (rbe_torch/seeded.py)
     residual, residual_scale, residual_right, residual_right_scale    buffers, as the layout's suffix asks
 
 While a layer is in training form (rbe_torch.convert, rbe_torch.prepare_training) `log_gain` replaces the gain parameter, and layouts whose codes
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from . import _ops
 from .arguments import FLOATS, bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
-from .codes import for_kernels, is_interleaved, random_words, with_amplitude
+from .codes import for_kernels, is_interleaved, random_words, second_moment, with_amplitude
 from .layout import Layout
+from .seeded import seeded_basis
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
 
 _WEIGHT_IS_READ_ONLY = (
@@ -40,14 +42,14 @@ class RBELinear(nn.Module):
     """A linear layer in RBE codes, with random codes and a random basis; from_linear and from_codes make one with given ones.
 
     x [..., in_features] float32, bfloat16, float16 or float64 -> [..., out_features] of the same dtype.
-    basis: a float32 parameter [M, 256, g] to share instead of drawing one. generator, seed: where the random codes come from; by default
-    torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
+    basis: a float32 parameter [M, 256, g] to share instead of drawing one. basis_seed: the basis is the one this seed gives, is not trained and is
+    stored as the seed alone; a basis given beside it must be that one. generator, seed: where the random codes come from; by default torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
     Errors: ValueError or TypeError naming the argument.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
-                 generator: torch.Generator | None = None, seed: int | None = None) -> None:
+                 generator: torch.Generator | None = None, seed: int | None = None, basis_seed: int | None = None) -> None:
         super().__init__()
         self.in_features = size("in_features", in_features)
         self.out_features = size("out_features", out_features)
@@ -61,6 +63,8 @@ class RBELinear(nn.Module):
         self._buffers["packed"] = None  # `packed` and `gain` are properties, so their entries are made before they are registered
         self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
         own_basis = basis is None
+        if basis_seed is not None:
+            self.register_buffer("basis_seed", torch.tensor(seed_value(basis_seed), dtype=torch.int64, device=device))
         if own_basis:
             basis = nn.Parameter(torch.empty(layout.basis_shape, dtype=torch.float32, device=device), requires_grad=False)
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
@@ -95,7 +99,8 @@ class RBELinear(nn.Module):
             raise ValueError("reset_parameters: the layer is in training form; call rbe_torch.finish_training(model) first")
         with torch.no_grad():
             if basis and not self.basis.is_meta:
-                self.basis.copy_(random_basis(layout, generator))
+                drawn = self._buffers.get("basis_seed")
+                self.basis.copy_(random_basis(layout, generator) if drawn is None else seeded_basis(layout, int(drawn)))
             if not self.packed.is_meta:
                 if layout.seeded:
                     self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
@@ -103,9 +108,10 @@ class RBELinear(nn.Module):
                 self.packed = torch.ops.rbe.pack(words, **self._options).to(self.packed.device)
                 self._hold_codes_for_kernels()
             if not self._parameters["gain"].is_meta:
-                # random_words draws scales of second moment 1 and random_basis vectors of mean square 1, so an element of W has the
-                # variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
-                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages)).copy_(self._parameters["gain"].half().float())
+                # random_words draws scales of second moment 1 (few bits of amplitude miss it) and random_basis vectors of mean square 1, so an
+                # element of W has the variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
+                moment = second_moment(words, layout) if layout.amp_unstored and not self.packed.is_meta else 1.0
+                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages * moment)).copy_(self._parameters["gain"].half().float())
             if self.bias is not None and not self.bias.is_meta:
                 bound = 1 / math.sqrt(n)
                 self.bias.copy_(torch.empty(m, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
@@ -209,7 +215,12 @@ class RBELinear(nn.Module):
     def codes(self) -> Tensor:
         """Interchange words, int32 [m, K, M]; in training form with the sign and the rounded amplitude that the forward pass uses."""
         words = torch.ops.rbe.unpack(self.packed, **self._options)
-        return words if self.amplitude is None else with_amplitude(words, self.amplitude.detach(), self.layout)
+        if self.amplitude is None:
+            return words
+        amplitude = self.amplitude.detach()
+        if hasattr(amplitude, "full_tensor") and not hasattr(words, "full_tensor"):  # FSDP2 shards parameters and not buffers
+            amplitude = amplitude.full_tensor()
+        return with_amplitude(words, amplitude, self.layout)
 
     @property
     def weight(self) -> Tensor:

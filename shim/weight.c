@@ -30,7 +30,7 @@ rbe_status rbe_bind_layout(rbe_call *call, int at, rbe_weight *out, int64_t *in_
 
 rbe_status rbe_bind_groups(rbe_call *call, int64_t in_features, int64_t groups, int64_t cols, rbe_weight *out) {
     // A shard holds groups k0 .. k0 + groups - 1. Without a seed its first group says nothing, so k0 = 0 means the whole layer.
-    bool seeded = out->layout.field == RBE_FIELD_RBE9R, last = out->k0 + groups == out->groups_total;
+    bool seeded = rbe_field_seeded(out->layout.field), last = out->k0 + groups == out->groups_total;
     if (groups < 1 || out->k0 + groups > out->groups_total || (!last && out->k0 == 0 && !seeded)) {
         return rbe_call_fail(call, "in_features: was %lld, which is %lld groups of %d from group %lld on; codes have %lld",
                              (long long)in_features, (long long)(out->groups_total - out->k0), (int)out->layout.group, (long long)out->k0,
@@ -82,8 +82,10 @@ rbe_status rbe_bind_codes(rbe_call *call, const rbe_view *codes, rbe_weight *out
             return rbe_call_fail(call, "%s: has shape %s; packed codes must be [m, ceil(K*M*%d/8)]", codes->name,
                                  rbe_shape_text(codes->dims, codes->sizes), (int)layout->bits);
         }
-        // A group takes at least 8 bits, so the number of bytes tells K.
+        // A group of 8 bits or more takes more than the padding, so the number of bytes tells K; of smaller ones the padding could hold some, so no more
+        // than are left of the layer are meant.
         *groups = codes->sizes[1] * 8 / (layout->bits * stages);
+        if (*groups > out->groups_total - out->k0) *groups = out->groups_total - out->k0;
         if (rbe_packed_row_bytes(layout, *groups) != codes->sizes[1]) {
             return rbe_call_fail(call, "%s: rows have %lld bytes; no number of groups of %lld codes of %d bits fills that", codes->name,
                                  (long long)codes->sizes[1], (long long)stages, (int)layout->bits);

@@ -92,7 +92,7 @@ TEST(Linear, BroadcastInput) {
 
 TEST(Linear, AmplitudesReplaceTheCodesOwn) {
     std::mt19937 random(6);
-    for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5"}) {
+    for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5", "rbe4r_g5", "rbe2r_g3"}) {
         Forward f(layout, 33, 70, 9, random, Weight::kAmplitude);
         f.reference();
         for (const std::string &isa : host_isas()) {

@@ -134,7 +134,7 @@ struct Weight {
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t q = 0; q < count; ++q) {
                 uint32_t word = ((uint32_t)random() & rbe_field_mask(w.layout.field)) | rbe_field_constant(w.layout.field);
-                if (w.layout.field == RBE_FIELD_RBE9R) {
+                if (rbe_field_seeded(w.layout.field)) {
                     const uint32_t idx = rbe_seeded_idx(w.seed, (uint64_t)(w.row0 + i), (uint64_t)(w.k0 + q / stages), (uint64_t)(q % stages),
                                                         (uint64_t)w.groups_total, (uint64_t)stages);
                     word = (word & ~(255u << RBE_IDX_SHIFT)) | idx << RBE_IDX_SHIFT;
