@@ -113,6 +113,10 @@ def _fake_encode(weight, basis, gain, *, layout, **_):
     return weight.new_empty(weight.shape[0], (weight.shape[1] + parsed.group - 1) // parsed.group, parsed.stages, dtype=torch.int32)
 
 
+def _fake_encode_calibrated(weight, basis, gain, hessian, factor=None, codes=None, *, layout, **_):
+    return _fake_encode(weight, basis, gain, layout=layout)
+
+
 def _fake_pack(codes, *, layout, **_):
     parsed = Layout.parse(layout)
     return codes.new_empty(codes.shape[0], (codes.shape[1] * parsed.stages * parsed.bits + 7) // 8, dtype=torch.uint8)
@@ -333,7 +337,7 @@ def _register_all() -> torch.library.Library:
             library.impl(name, kernel, f"Autocast{device.upper()}")
     for name, fake in {
         "linear": _fake_linear, "linear_inference": _fake_linear, "linear_backward": _fake_linear_backward, "decode": _fake_decode,
-        "encode": _fake_encode, "pack": _fake_pack, "unpack": _fake_unpack,
+        "encode": _fake_encode, "encode_calibrated": _fake_encode_calibrated, "pack": _fake_pack, "unpack": _fake_unpack,
     }.items():  # fmt: skip
         torch.library.register_fake(f"rbe::{name}", fake, lib=library)
     flop_counter.register_flop_formula([_ops.linear, _ops.linear_inference])(_linear_flops)

@@ -24,6 +24,7 @@ BOXED(linear, LINEAR_KINDS)
 BOXED(linear_backward, "TTTTTOOOOOO" "SIIII" "BI")
 BOXED(decode, "TTTOOOOO" "SIIII" "B")
 BOXED(encode, "TTT" "SIIII")
+BOXED(encode_calibrated, "TTTTOO" "SIIII" "I")
 BOXED(pack, "T" "SIIII")
 BOXED(unpack, "T" "SIIII")
 
@@ -38,6 +39,8 @@ static const struct {
     {"decode", "decode(Tensor codes, Tensor basis, Tensor gain, Tensor? amplitude=None, " RESIDUALS ", *, " PLACE ", bool rounded=True) -> Tensor",
      boxed_decode},
     {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode},
+    {"encode_calibrated", "encode_calibrated(Tensor weight, Tensor basis, Tensor gain, Tensor hessian, Tensor? factor=None, Tensor? codes=None, *, " PLACE
+     ", int sweeps=2) -> Tensor", boxed_encode_calibrated},
     {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack},
     {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack},
 };
