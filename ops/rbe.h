@@ -112,6 +112,9 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
 // W (m x n, row-major, of type w->real) from codes.
 rbe_status rbe_decode(const rbe_weight *w, void *dense, const rbe_parallel *threads, rbe_error *err);
 
+// Gradients of rbe_decode: dense is that of W (m x n); dbasis [M, 256, g] and dgain [m] are written. Reads w->words, float32, no amplitude.
+rbe_status rbe_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_parallel *threads, rbe_error *err);
+
 // words [m, K, M] from a float32 or float64 matrix: M = 1 jointly minimises |w - gain * vector|^2 over idx and scale in float64, ties to the
 // lowest unsigned word; M > 1 searches with a beam, deterministically. Reads layout, rows, cols, groups, place, seed, basis and gain of w.
 rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_parallel *threads, rbe_error *err);

@@ -30,30 +30,18 @@ _CHECKED = 8  # batches that judge before and after, at most
 
 
 class _Decoded(torch.autograd.Function):
-    """W [m, n] of codes as a function of basis and gain."""
+    """W [m, n] of words [m, K, M] as a function of basis and gain; float32."""
 
     @staticmethod
-    def forward(ctx: Any, basis: Tensor, gain: Tensor, layer: RBELinear, words: Tensor) -> Tensor:
-        options = {**layer._options, "layout": str(layer.layout).partition("+")[0]}
-        unit = torch.ops.rbe.decode(layer.packed, basis, torch.ones_like(gain), **options)
-        ctx.save_for_backward(unit, gain, words)
-        ctx.layout, ctx.shape = layer.layout, basis.shape
-        return unit * gain[:, None]
+    def forward(ctx: Any, basis: Tensor, gain: Tensor, words: Tensor, place: dict[str, Any]) -> Tensor:
+        ctx.save_for_backward(basis, gain, words)
+        ctx.place = place
+        return torch.ops.rbe.decode(words, basis, gain, **place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit, gain, words = ctx.saved_tensors
-        layout, (m, n) = ctx.layout, grad.shape
-        dgain = (grad * unit).sum(1)
-        groups = torch.nn.functional.pad(grad * gain[:, None], (0, layout.groups(n) * layout.group - n)).reshape(-1, layout.group)
-        dbasis = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
-        flat = words.reshape(-1, layout.stages)
-        for stage in range(layout.stages):
-            part, word = groups, flat[:, stage]
-            if layout.fields == "rbe16s":
-                part = part * (1 - 2 * (word[:, None] >> torch.arange(8, device=word.device) & 1)).to(part.dtype)
-            dbasis[stage].index_add_(0, word >> 10 & 255, part)
-        return dbasis, dgain, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        basis, gain, words = ctx.saved_tensors
+        return (*torch.ops.rbe.decode_backward(gradient, words, basis, gain, **ctx.place), None, None)
 
 
 class _Student:
@@ -118,14 +106,13 @@ class _Student:
 
 
 def _forward(layer: RBELinear, log_gain: Tensor, words: Tensor) -> Callable[[Tensor], Tensor]:
-    extra = None
+    place, extra = {**layer._options, "layout": str(layer.layout).partition("+")[0]}, None
     if layer.layout.residual is not None:
         with torch.no_grad():
-            plain = {**layer._options, "layout": str(layer.layout).partition("+")[0]}
-            extra = layer.weight.float() - torch.ops.rbe.decode(layer.packed, layer.basis, layer.gain, **plain)
+            extra = layer.weight.float() - torch.ops.rbe.decode(words, layer.basis, layer.gain, **place)
 
     def run(x: Tensor) -> Tensor:
-        weight = _Decoded.apply(layer.basis, log_gain.exp(), layer, words)
+        weight = _Decoded.apply(layer.basis, log_gain.exp(), words, place)
         weight = (weight if extra is None else weight + extra).to(x.dtype)
         return torch.nn.functional.linear(x, weight, layer.bias)
 

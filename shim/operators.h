@@ -7,6 +7,7 @@
 rbe_status rbe_op_linear(rbe_call *call);
 rbe_status rbe_op_linear_backward(rbe_call *call);
 rbe_status rbe_op_decode(rbe_call *call);
+rbe_status rbe_op_decode_backward(rbe_call *call);
 rbe_status rbe_op_encode(rbe_call *call);
 rbe_status rbe_op_encode_calibrated(rbe_call *call);
 rbe_status rbe_op_pack(rbe_call *call);

@@ -23,6 +23,7 @@
 BOXED(linear, LINEAR_KINDS)
 BOXED(linear_backward, "TTTTTOOOOOO" "SIIII" "BI")
 BOXED(decode, "TTTOOOOO" "SIIII" "B")
+BOXED(decode_backward, "TTTT" "SIIII")
 BOXED(encode, "TTT" "SIIII")
 BOXED(encode_calibrated, "TTTTOO" "SIIII" "I")
 BOXED(pack, "T" "SIIII")
@@ -38,6 +39,8 @@ static const struct {
     {"linear_backward", BACKWARD_SCHEMA, boxed_linear_backward},
     {"decode", "decode(Tensor codes, Tensor basis, Tensor gain, Tensor? amplitude=None, " RESIDUALS ", *, " PLACE ", bool rounded=True) -> Tensor",
      boxed_decode},
+    {"decode_backward", "decode_backward(Tensor gradient, Tensor codes, Tensor basis, Tensor gain, *, " PLACE ") -> (Tensor dbasis, Tensor dgain)",
+     boxed_decode_backward},
     {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode},
     {"encode_calibrated", "encode_calibrated(Tensor weight, Tensor basis, Tensor gain, Tensor hessian, Tensor? factor=None, Tensor? codes=None, *, " PLACE
      ", int sweeps=2) -> Tensor", boxed_encode_calibrated},

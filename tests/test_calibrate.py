@@ -333,19 +333,23 @@ def test_tuning_lowers_the_loss_keeps_fp16_and_saves_what_it_measured(tmp_path):
         assert torch.equal(rbe_torch.load_pretrained(tmp_path, net())(x), model(x))
 
 
-@pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe16s_g8"])
+@pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe16s_g8", "rbe22_g16", "rbe9rx2_g16"])
 def test_the_gradient_of_a_decoded_weight_is_that_of_the_layer(layout):
     from rbe_torch.tune import _Student
 
     layer = RBELinear(20, 12, layout=layout, seed=1)
     x, dy = draw(6, 20), draw(6, 12, seed=1)
-    student = _Student(layer, basis=True)
-    with student.running():
-        layer(x).backward(dy)
-        got = (student.basis[0].grad.clone(), student.log_gain[0].grad.clone())
-    _, dbasis, dgain, _, _ = torch.ops.rbe.linear_backward(dy, x, layer.packed, layer.basis, layer.gain, layout=layout, in_features=20, wanted=6)
-    torch.testing.assert_close(got[0], dbasis, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got[1], dgain * layer.gain, rtol=1e-4, atol=1e-5)
+    _, dbasis, dgain, _, _ = torch.ops.rbe.linear_backward(dy, x, layer.packed, layer.basis, layer.gain, **layer._options, wanted=6)
+    for codes in (layer.packed, layer.codes):
+        got = torch.ops.rbe.decode_backward(dy.t() @ x, codes, layer.basis, layer.gain, **layer._options)
+        torch.testing.assert_close(got[0], dbasis, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[1], dgain, rtol=1e-4, atol=1e-5)
+    if not layer.layout.has_amplitude:
+        student = _Student(layer, basis=True)
+        with student.running():
+            layer(x).backward(dy)
+            torch.testing.assert_close(student.basis[0].grad, dbasis, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(student.log_gain[0].grad, dgain * layer.gain, rtol=1e-4, atol=1e-5)
 
 
 # ---- budget ----------------------------------------------------------------------------------------------------------------------
