@@ -21,6 +21,9 @@ def run_compress(options: argparse.Namespace) -> None:
     _check_budget(options)
     if options.report is not None and Path(options.report).suffix not in (".html", ".json"):
         raise UsageError(f"--report: {options.report} must end in .html or .json")
+    if options.stream:
+        _stream(options)
+        return
     from .checkpoint import save_pretrained
     from .compress import compress
     from .models import copy_companions, directory_bytes, load_dense, model_directory
@@ -40,6 +43,28 @@ def run_compress(options: argparse.Namespace) -> None:
     else:
         print(report)
         print(f"{target}: {after / 1e6:.2f} MB, dense {before / 1e6:.2f} MB")
+
+
+def _stream(options: argparse.Namespace) -> None:
+    given = [name for name in ("calibrate", "tune", "bits", "max_megabytes", "report") if getattr(options, name) is not None]
+    if given or options.basis != "model":
+        raise UsageError(f"--stream: compresses from the weights alone in one layout with one basis; leave out --{(given or ['basis'])[0].replace('_', '-')}")
+    from .models import copy_companions, directory_bytes, model_directory
+    from .stream import PARTS, compress_checkpoint
+
+    source, target = model_directory(options.model), Path(options.out)
+    if not (target / PARTS).is_dir() and int(os.environ.get("RANK", "0")) == 0:
+        _check_target(target, options.force, source)
+    facts = compress_checkpoint(source, target, options.layout, options.include, options.exclude, options.seed, not options.quiet)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    copy_companions(source, target)
+    if options.json:
+        _print_json({**facts, "out": str(target), "dense_file_bytes": directory_bytes(source)})
+        return
+    print(f"{facts['layers']} layers, {facts['weights']:,} weights, {facts['bits_per_weight']:.3f} bits a weight; {facts['encoded']} encoded now, "
+          f"{facts['finished_before']} finished before")
+    print(f"{target}: {_mb(directory_bytes(target))}, dense {_mb(directory_bytes(source))}")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
