@@ -126,9 +126,17 @@ def _fake_decode(codes, basis, gain, amplitude=None, residual=None, residual_sca
     return basis.new_empty(gain.shape[0], _columns(_groups(codes, layout, in_features, k0), layout=layout, in_features=in_features, k0=k0), dtype=real)
 
 
+def _fake_decode_backward(gradient, codes, basis, gain, **_):
+    return basis.new_empty(basis.shape, dtype=torch.float32), gain.new_empty(gain.shape, dtype=torch.float32)
+
+
 def _fake_encode(weight, basis, gain, *, layout, **_):
     parsed = Layout.parse(layout)
     return weight.new_empty(weight.shape[0], (weight.shape[1] + parsed.group - 1) // parsed.group, parsed.stages, dtype=torch.int32)
+
+
+def _fake_encode_calibrated(weight, basis, gain, hessian, factor=None, codes=None, *, layout, **_):
+    return _fake_encode(weight, basis, gain, layout=layout)
 
 
 def _fake_pack(codes, *, layout, **_):
@@ -359,7 +367,8 @@ def _register_all() -> torch.library.Library:
             library.impl(name, kernel, f"Autocast{device.upper()}")
     for name, fake in {
         "linear": _fake_linear, "linear_inference": _fake_linear, "linear_backward": _fake_linear_backward, "decode": _fake_decode,
-        "encode": _fake_encode, "pack": _fake_pack, "unpack": _fake_unpack, "interleave": _fake_interleave, "deinterleave": _fake_deinterleave,
+        "decode_backward": _fake_decode_backward, "encode": _fake_encode, "encode_calibrated": _fake_encode_calibrated, "pack": _fake_pack,
+        "unpack": _fake_unpack, "interleave": _fake_interleave, "deinterleave": _fake_deinterleave,
     }.items():  # fmt: skip
         torch.library.register_fake(f"rbe::{name}", fake, lib=library)
     flop_counter.register_flop_formula([_ops.linear, _ops.linear_inference])(_linear_flops)

@@ -19,40 +19,45 @@ rbe_status rbe_op_decode(rbe_call *call) {
     return rbe_decode(&w, dense, &threads, &call->err);
 }
 
-rbe_status rbe_op_encode(rbe_call *call) {
-    enum { WEIGHT, BASIS, GAIN, LAYOUT };
+rbe_status rbe_bind_encoding(rbe_call *call, int at, int layout, rbe_weight *w, rbe_matrix *weight) {
     rbe_view weight_view, basis_view, gain_view;
-    rbe_matrix weight;
-    rbe_weight w = {.rounded = true};
     int64_t in_features;
-    rbe_status status = rbe_bind_layout(call, LAYOUT, &w, &in_features);
-    if (status == RBE_OK) status = rbe_view_of(call, rbe_call_tensor(call, WEIGHT), "weight", &weight_view);
+    rbe_status status = rbe_bind_layout(call, layout, w, &in_features);
+    if (status == RBE_OK) status = rbe_view_of(call, rbe_call_tensor(call, at), "weight", &weight_view);
     if (status != RBE_OK) return status;
     if (weight_view.dims != 2 || weight_view.sizes[0] < 1 || weight_view.sizes[1] < 1) {
         return rbe_call_fail(call, "weight: has shape %s; must be [m, n] with m and n at least 1", rbe_shape_text(weight_view.dims, weight_view.sizes));
     }
-    status = rbe_matrix_of(call, &weight_view, &weight);
+    status = rbe_matrix_of(call, &weight_view, weight);
     if (status != RBE_OK) return status;
-    w.real = rbe_real_of(weight.dtype);
-    w.rows = weight.rows;
-    status = rbe_bind_groups(call, in_features, (weight.cols + w.layout.group - 1) / w.layout.group, -1, &w);
+    w->real = rbe_real_of(weight->dtype);
+    w->rows = weight->rows;
+    status = rbe_bind_groups(call, in_features, (weight->cols + w->layout.group - 1) / w->layout.group, -1, w);
     if (status != RBE_OK) return status;
-    if (w.cols != weight.cols) {
-        return rbe_call_fail(call, "weight: has %lld columns; must be %lld (in_features = %lld)", (long long)weight.cols, (long long)w.cols, (long long)in_features);
+    if (w->cols != weight->cols) {
+        return rbe_call_fail(call, "weight: has %lld columns; must be %lld (in_features = %lld)", (long long)weight->cols, (long long)w->cols, (long long)in_features);
     }
-    if (weight.dtype != w.real) {  // half precision: search on a float32 copy
+    if (weight->dtype != w->real) {  // half precision: search on a float32 copy
         const void *dense;
         status = rbe_dense_float(call, &weight_view, RBE_F32, &dense);
         if (status != RBE_OK) return status;
-        weight = (rbe_matrix){(void *)(uintptr_t)dense, RBE_F32, w.rows, w.cols, w.cols, 1};
+        *weight = (rbe_matrix){(void *)(uintptr_t)dense, RBE_F32, w->rows, w->cols, w->cols, 1};
     }
-    int64_t basis_shape[3] = {w.layout.stages, RBE_BASIS_VECTORS, w.layout.group};
-    status = rbe_view_of(call, rbe_call_tensor(call, BASIS), "basis", &basis_view);
+    int64_t basis_shape[3] = {w->layout.stages, RBE_BASIS_VECTORS, w->layout.group};
+    status = rbe_view_of(call, rbe_call_tensor(call, at + 1), "basis", &basis_view);
     if (status == RBE_OK) status = rbe_expect_shape(call, &basis_view, 3, basis_shape, "[M, 256, g]");
-    if (status == RBE_OK) status = rbe_dense_float(call, &basis_view, w.real, &w.basis);
-    if (status == RBE_OK) status = rbe_view_of(call, rbe_call_tensor(call, GAIN), "gain", &gain_view);
-    if (status == RBE_OK) status = rbe_expect_shape(call, &gain_view, 1, &w.rows, "[m]");
-    if (status == RBE_OK) status = rbe_dense_float(call, &gain_view, w.real, &w.gain);
+    if (status == RBE_OK) status = rbe_dense_float(call, &basis_view, w->real, &w->basis);
+    if (status == RBE_OK) status = rbe_view_of(call, rbe_call_tensor(call, at + 2), "gain", &gain_view);
+    if (status == RBE_OK) status = rbe_expect_shape(call, &gain_view, 1, &w->rows, "[m]");
+    if (status == RBE_OK) status = rbe_dense_float(call, &gain_view, w->real, &w->gain);
+    return status;
+}
+
+rbe_status rbe_op_encode(rbe_call *call) {
+    enum { WEIGHT, BASIS, GAIN, LAYOUT };
+    rbe_matrix weight;
+    rbe_weight w = {.rounded = true};
+    rbe_status status = rbe_bind_encoding(call, WEIGHT, LAYOUT, &w, &weight);
     if (status != RBE_OK) return status;
     int64_t shape[3] = {w.rows, w.groups, w.layout.stages};
     void *words;

@@ -23,7 +23,9 @@
 BOXED(linear, LINEAR_KINDS)
 BOXED(linear_backward, "TTTTTOOOOOO" "SIIII" "BI")
 BOXED(decode, "TTTOOOOO" "SIIII" "B")
+BOXED(decode_backward, "TTTT" "SIIII")
 BOXED(encode, "TTT" "SIIII")
+BOXED(encode_calibrated, "TTTTOO" "SIIII" "I")
 BOXED(pack, "T" "SIIII")
 BOXED(unpack, "T" "SIIII")
 BOXED(interleave, "T")
@@ -39,7 +41,11 @@ static const struct {
     {"linear_backward", BACKWARD_SCHEMA, boxed_linear_backward},
     {"decode", "decode(Tensor codes, Tensor basis, Tensor gain, Tensor? amplitude=None, " RESIDUALS ", *, " PLACE ", bool rounded=True) -> Tensor",
      boxed_decode},
+    {"decode_backward", "decode_backward(Tensor gradient, Tensor codes, Tensor basis, Tensor gain, *, " PLACE ") -> (Tensor dbasis, Tensor dgain)",
+     boxed_decode_backward},
     {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode},
+    {"encode_calibrated", "encode_calibrated(Tensor weight, Tensor basis, Tensor gain, Tensor hessian, Tensor? factor=None, Tensor? codes=None, *, " PLACE
+     ", int sweeps=2) -> Tensor", boxed_encode_calibrated},
     {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack},
     {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack},
     {"interleave", "interleave(Tensor packed) -> Tensor", boxed_interleave},

@@ -68,7 +68,7 @@ def python(*arguments: object, **keywords) -> subprocess.CompletedProcess:
 
 # ---- exit status and messages -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments", [
-    [], ["train-hbbert"], ["compress"], ["compress", "a"], ["compress", "a", "b", "--layout", "rbe9"], ["compress", "a", "b", "--calibrate", "text"],
+    [], ["train-hbbert"], ["compress"], ["compress", "a"], ["compress", "a", "b", "--layout", "rbe9"],
     ["compress", "a", "b", "--seed", "-1"], ["compress", "a", "b", "--include", "("], ["inspect"], ["bench", "--tokens", "0"], ["bench", "--shape", "3"],
     ["export", "a", "--to", "onnx"], ["export", "a", "--to", "pt2"], ["export", "a"], ["plan", "a", "--no-such-option"],
 ])
