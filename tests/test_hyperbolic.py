@@ -1,5 +1,5 @@
-"""Hyperbolic space. Risks: distances that are none, maps that do not undo each other, two models that disagree, gradients that are not finite at the
-origin or the boundary, a limit c -> 0 that is not Euclidean, parameters that an optimiser moves off the manifold."""
+"""Hyperbolic space. Risks: distances that are none, maps that do not undo each other, two models that disagree, gradients that are not
+finite at the origin or the boundary, a limit c -> 0 that is not Euclidean, parameters that an optimiser moves off the manifold."""
 
 from __future__ import annotations
 
@@ -121,13 +121,19 @@ def test_we_agree_with_geoopt_where_geoopt_is_accurate():
     ball, sheet, theirs, hyperboloid = PoincareBall(c), Lorentz(c), geoopt.PoincareBall(c), geoopt.Lorentz(k=1 / c)
     v, w = torch.randn(2, 20, 4, dtype=torch.float64) * 0.7
     p, q = ball.expmap0(v), ball.expmap0(w)
-    assert close(p, theirs.expmap0(v), 1e-6) and close(ball.dist(p, q), theirs.dist(p, q), 1e-6) and close(ball.add(p, q), theirs.mobius_add(p, q), 1e-6)
+    assert (
+        close(p, theirs.expmap0(v), 1e-6)
+        and close(ball.dist(p, q), theirs.dist(p, q), 1e-6)
+        and close(ball.add(p, q), theirs.mobius_add(p, q), 1e-6)
+    )
     weights = torch.rand(20, dtype=torch.float64)
     assert close(ball.midpoint(p, weights[None])[0], theirs.weighted_midpoint(p, weights), 1e-6)
     x, y = sheet.expmap0(v), sheet.expmap0(w)
     assert close(sheet.dist(x, y), hyperboloid.dist(sheet.to_ambient(x), sheet.to_ambient(y)), 1e-5)
     lifted = hyperboloid.logmap(sheet.to_ambient(x), sheet.to_ambient(y))
-    assert close(sheet.logmap(x, y), lifted[..., 1:], 1e-5) and close(sheet.inner(x, lifted[..., 1:]), hyperboloid.inner(None, lifted), 1e-5)
+    assert close(sheet.logmap(x, y), lifted[..., 1:], 1e-5) and close(
+        sheet.inner(x, lifted[..., 1:]), hyperboloid.inner(None, lifted), 1e-5
+    )
     moved = hyperboloid.transp(sheet.to_ambient(x), sheet.to_ambient(y), lifted)
     assert close(sheet.transp(x, y, sheet.logmap(x, y)), moved[..., 1:], 1e-5)
 
@@ -146,7 +152,18 @@ def test_values_and_gradients_are_finite_from_the_origin_to_the_boundary(space, 
     u.requires_grad_(), v.requires_grad_()
     x, y = m.expmap0(u), m.expmap0(v)
     weights = torch.rand(6, 6, generator=generator, dtype=dtype)
-    results = [x, m.logmap0(x), m.dist(x, y), m.dist0(x), m.add(x, y), m.pairwise_sqdist(x, y), m.midpoint(x, weights), m.dist(u, v), m.projx(u), m.logmap0(u)]
+    results = [
+        x,
+        m.logmap0(x),
+        m.dist(x, y),
+        m.dist0(x),
+        m.add(x, y),
+        m.pairwise_sqdist(x, y),
+        m.midpoint(x, weights),
+        m.dist(u, v),
+        m.projx(u),
+        m.logmap0(u),
+    ]
     results.append(attend(m, u, v, v))
     for number, result in enumerate(results):
         assert torch.isfinite(result).all(), number
@@ -227,9 +244,14 @@ def test_without_curvature_the_layers_are_the_euclidean_ones(space, c):
     q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (attention.query, attention.key, attention.value))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
     expected = attention.output(expected.transpose(1, 2).flatten(2))
-    for ours, theirs in [(linear(x), linear.linear(x)), (norm(x), torch.nn.functional.layer_norm(x, (8,), eps=1e-12)),
-                         (HypActivation(torch.nn.functional.gelu, m)(x), torch.nn.functional.gelu(x)), (attention(x, mask), expected),
-                         (m.dist(x[0], x[1]) / m.scale, (x[0] - x[1]).norm(dim=-1)), (m.add(x[0], x[1]), x[0] + x[1])]:
+    for ours, theirs in [
+        (linear(x), linear.linear(x)),
+        (norm(x), torch.nn.functional.layer_norm(x, (8,), eps=1e-12)),
+        (HypActivation(torch.nn.functional.gelu, m)(x), torch.nn.functional.gelu(x)),
+        (attention(x, mask), expected),
+        (m.dist(x[0], x[1]) / m.scale, (x[0] - x[1]).norm(dim=-1)),
+        (m.add(x[0], x[1]), x[0] + x[1]),
+    ]:
         torch.testing.assert_close(ours, theirs, rtol=EUCLIDEAN, atol=EUCLIDEAN)
 
 
@@ -293,10 +315,17 @@ def test_a_learned_curvature_follows_its_gradient_and_stays_positive(space):
 
 
 @spaces
-@pytest.mark.parametrize("arguments, reason", [
-    ((-1.0,), "c: is -1.0, must be 0"), ((math.inf,), "c: is inf"), ((math.nan,), "c: is nan"), (("1",), "c: is '1', must be a number"),
-    ((True,), "must be a number"), ((0.0, True), "must be positive where it is learned"),
-])
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ((-1.0,), "c: is -1.0, must be 0"),
+        ((math.inf,), "c: is inf"),
+        ((math.nan,), "c: is nan"),
+        (("1",), "c: is '1', must be a number"),
+        ((True,), "must be a number"),
+        ((0.0, True), "must be positive where it is learned"),
+    ],
+)
 def test_a_wrong_curvature_is_refused(space, arguments, reason):
     with pytest.raises((ValueError, TypeError), match=reason):
         space(*arguments)

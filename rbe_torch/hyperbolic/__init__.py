@@ -1,4 +1,5 @@
-"""Hyperbolic layers and Hb-BERT, a BERT in hyperbolic space, on geoopt: `pip install 'rbe_torch[hyperbolic]'`. docs/hb-bert.md describes them."""
+"""Hyperbolic layers and Hb-BERT, a BERT in hyperbolic space, on geoopt: `pip install 'rbe_torch[hyperbolic]'`. docs/hb-bert.md describes
+them."""
 
 from __future__ import annotations
 
@@ -9,6 +10,6 @@ from .model import HbBertForSequenceClassification, HbBertModel, HbBertOutput
 from .poincare import PoincareBall
 
 __all__ = [
-    "HbBertConfig", "HbBertForSequenceClassification", "HbBertModel", "HbBertOutput", "HypActivation", "HypAttention", "HypLayerNorm", "HypLinear",
-    "Lorentz", "PoincareBall", "attend",
+    "HbBertConfig", "HbBertForSequenceClassification", "HbBertModel", "HbBertOutput", "HypActivation", "HypAttention", "HypLayerNorm",
+    "HypLinear", "Lorentz", "PoincareBall", "attend",
 ]  # fmt: skip

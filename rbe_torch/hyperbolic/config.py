@@ -12,8 +12,8 @@ MODES = ("inner", "output")
 class HbBertConfig(BertConfig):
     """BertConfig with four entries more.
 
-    manifold: "lorentz" or "poincare". curvature: c >= 0 of the curvature -c; None is 1 / hidden_size, the ball whose radius is that of the cube that
-    tanh-bounded outputs lie in (HiT, arXiv 2401.11374). learnable_curvature: c is trained, by its logarithm.
+    manifold: "lorentz" or "poincare". curvature: c >= 0 of the curvature -c; None is 1 / hidden_size, the ball whose radius is that of the
+    cube that tanh-bounded outputs lie in (HiT, arXiv 2401.11374). learnable_curvature: c is trained, by its logarithm.
     mode: "inner", hyperbolic inner layers; "output", a Euclidean BERT whose mean-pooled output is read as a point (HiT's way).
     """
 

@@ -15,7 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"rbe_torch.hyperbolic needs geoopt (pip install 'rbe_torch[hyperbolic]'): {error}") from error
 
-# Largest sqrt(c) * radius of a point of the Poincare ball: geoopt's own limits. The distance from the origin is then 6.2 or 12.2 over sqrt(c).
+# Largest sqrt(c) * radius of a point of the Poincare ball: geoopt's own limits. The distance from the origin is then 6.2 or 12.2 over
+# sqrt(c).
 BALL_LIMIT = {torch.float32: 1 - 4e-3, torch.float64: 1 - 1e-5}
 
 

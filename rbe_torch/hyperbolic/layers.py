@@ -4,9 +4,10 @@
     HypLayerNorm(x)   exp0(LayerNorm(log0(x)))           HypActivation(x)   exp0(f(log0(x)))
     attention         weights  w_ij = softmax_j (|q_i|^2 + |k_j|^2 - d(q_i, k_j)^2) / (2 sqrt(d))    value  log0(weighted mean of the v_j)
 
-|q| and |k| are distances from the origin. Without them the score would be the negative squared distance of Gulcehre et al. 2019 ("Hyperbolic attention
-networks", arXiv 1805.09786), which for c = 0 is no dot product: |k_j|^2 / 2 is missing. |q_i|^2 does not change the softmax and takes away the cancellation.
-Distances are those of tangent vectors of the origin: the ball's doubled ones are halved. Residuals are `manifold.add(x, update)`.
+|q| and |k| are distances from the origin. Without them the score would be the negative squared distance of Gulcehre et al. 2019
+("Hyperbolic attention networks", arXiv 1805.09786), which for c = 0 is no dot product: |k_j|^2 / 2 is missing. |q_i|^2 does not change the
+softmax and takes away the cancellation. Distances are those of tangent vectors of the origin: the ball's doubled ones are halved.
+Residuals are `manifold.add(x, update)`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def manifold_of(name: str, c: float, learnable: bool = False) -> Space:
 
 
 def attend(manifold: Space, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Attention by negative distance. query [..., I, d], key [..., J, d], value [..., J, d'] are tangent vectors at the origin, as a linear layer makes
-    them, of any float dtype; returns tangent vectors [..., I, d'] of value's dtype. mask: bool, True where j may be seen, broadcast to [..., I, J].
+    """Attention by negative distance. query [..., I, d], key [..., J, d], value [..., J, d'] are tangent vectors at the origin, as a
+    linear layer makes them, of any float dtype; returns tangent vectors [..., I, d'] of value's dtype. mask: bool, True where j may be
+    seen, broadcast to [..., I, J].
     dropout: of the weights; what is left is normalised again where the mean is taken.
 
     Computed in float32 at least, also under autocast. A row whose mask is all False attends to everything alike.
@@ -55,7 +57,8 @@ def attend(manifold: Space, query: Tensor, key: Tensor, value: Tensor, mask: Ten
 class HypLinear(nn.Module):
     """Points [..., in_features] -> points [..., out_features]: a linear map between the tangent spaces of the two origins.
 
-    layout: an RBE layout for an RBELinear with random codes; None for an nn.Linear. `linear` may be replaced by any layer of the same sizes.
+    layout: an RBE layout for an RBELinear with random codes; None for an nn.Linear. `linear` may be replaced by any layer of the same
+    sizes.
     """
 
     def __init__(self, in_features: int, out_features: int, manifold: Space, bias: bool = True, layout: str | None = None) -> None:

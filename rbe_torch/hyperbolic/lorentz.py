@@ -7,8 +7,9 @@ With t(x) = sqrt(1 + c|x|^2) (the time coordinate times sqrt(c)):
     x + y   = y + (t(y) + c x.y / (1 + t(x))) x   (the boost that takes 0 to x, applied to y)
     mean    = S / sqrt(T^2 - c|S|^2),  S = sum w x,  T = sum w t(x)                              (Law et al. 2019, the centroid)
 
-Every formula is analytic in c at c = 0, where it is the Euclidean one; sqrt(c) and 1/c appear nowhere. geoopt has this model in d + 1 coordinates
-with 1/c in every formula; `to_ambient` converts. Methods follow geoopt's names, work along the last axis and broadcast over the others.
+Every formula is analytic in c at c = 0, where it is the Euclidean one; sqrt(c) and 1/c appear nowhere. geoopt has this model in d + 1
+coordinates with 1/c in every formula; `to_ambient` converts. Methods follow geoopt's names, work along the last axis and broadcast over
+the others.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Lorentz(Curvature):
     # ---- distances ----------------------------------------------------------------------------------------------------------------
     @at_least_float32
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """d(x, y) [...]. The chord is a sum of a radial and an angular part, neither of which can be negative: far from the origin the difference
-        in the definition leaves no digit of float32."""
+        """d(x, y) [...]. The chord is a sum of a radial and an angular part, neither of which can be negative: far from the origin the
+        difference in the definition leaves no digit of float32."""
         c, x, y = self.c, self.projx(x), self.projx(y)
         a, b = root(_dot(x, x)), root(_dot(y, y))
         across = x / a - y / b

@@ -1,6 +1,6 @@
 """Hb-BERT: a BERT encoder whose representations are points of a hyperbolic space. With curvature 0 it computes what BERT computes.
 
-mode "inner"    hidden states are points. A layer is, with t = log0(h), + the manifold's addition and LN, f, the linear layers those of BERT:
+mode "inner"    hidden states are points. With t = log0(h), + the manifold's addition and LN, f and the linear layers BERT's, a layer is
                     h <- exp0 LN log0 (h + exp0 out(attend(query(t), key(t), value(t))))                      (layers.py has attend)
                     h <- exp0 LN log0 (h + exp0 dense(f(dense(log0 h))))
                 and the embedding of a text is the weighted mean of its points.
@@ -51,7 +51,9 @@ class HbBertLayer(BertLayer):
         """hidden_states: points [B, L, d]; mask: bool [B, 1, 1, L]."""
         space, attention, out, last = self._manifold[0], self.attention.self, self.attention.output, self.output
         tangent = space.logmap0(hidden_states)
-        q, k, v = (split_heads(layer(tangent), attention.num_attention_heads) for layer in (attention.query, attention.key, attention.value))
+        q, k, v = (
+            split_heads(layer(tangent), attention.num_attention_heads) for layer in (attention.query, attention.key, attention.value)
+        )
         mixed = merge_heads(attend(space, q, k, v, mask, attention.dropout.p if self.training else 0.0))
         points = space.add(hidden_states, space.expmap0(out.dropout(out.dense(mixed))))
         tangent = out.LayerNorm(space.logmap0(points))
@@ -64,13 +66,22 @@ class FromBert:
     """from_pretrained for Hb-BERT models: from BERT, dense or RBE, or from what their save_pretrained wrote."""
 
     @classmethod
-    def from_pretrained(cls, bert: str | os.PathLike | nn.Module, *arguments: Any, manifold: str | None = None, curvature: float | None = None,
-                        layout: str | None = None, mode: str | None = None, learnable_curvature: bool | None = None, **keywords: Any) -> nn.Module:
+    def from_pretrained(
+        cls,
+        bert: str | os.PathLike | nn.Module,
+        *arguments: Any,
+        manifold: str | None = None,
+        curvature: float | None = None,
+        layout: str | None = None,
+        mode: str | None = None,
+        learnable_curvature: bool | None = None,
+        **keywords: Any,
+    ) -> nn.Module:
         """bert: a directory of a BERT or Hb-BERT model, or a BertModel in memory (copied, RBE layers included; with its encoder alone).
 
-        manifold ("lorentz"), curvature (1 / hidden_size), mode ("inner"), learnable_curvature (False): see HbBertConfig; those given replace a saved
-        Hb-BERT's. layout: compresses the linear layers to this RBE layout (rbe_torch.compress); None leaves them as they are. Other
-        arguments go to transformers' from_pretrained. ValueError or TypeError names the argument.
+        manifold ("lorentz"), curvature (1 / hidden_size), mode ("inner"), learnable_curvature (False): see HbBertConfig; those given
+        replace a saved Hb-BERT's. layout: compresses the linear layers to this RBE layout (rbe_torch.compress); None leaves them as they
+        are. Other arguments go to transformers' from_pretrained. ValueError or TypeError names the argument.
         """
         given = {"manifold": manifold, "curvature": curvature, "mode": mode, "learnable_curvature": learnable_curvature}
         given = {name: value for name, value in given.items() if value is not None}
@@ -102,9 +113,9 @@ class FromBert:
         config = HbBertConfig.from_dict({**_plain(encoder.config.to_dict()), **given})
         model = cls(config)
         target = base_model(model)
-        target.embeddings, pooler = encoder.embeddings, encoder.pooler
-        if pooler is not None:
-            target.pooler = pooler
+        target.embeddings = encoder.embeddings
+        if target.pooler is not None:
+            target.pooler = encoder.pooler  # None where it has none
         for new, old in zip(target.encoder.layer, encoder.encoder.layer, strict=True):
             new._modules.update(old._modules)
         example = next(encoder.parameters())
@@ -121,7 +132,9 @@ class HbBertModel(FromBert, BertModel):
 
     def __init__(self, config: HbBertConfig, add_pooling_layer: bool = True) -> None:
         if config.mode not in MODES:
-            raise ValueError(f"mode: is {config.mode!r}, must be 'inner' (hyperbolic layers) or 'output' (BERT's mean-pooled output as a point)")
+            raise ValueError(
+                f"mode: is {config.mode!r}, must be 'inner' (hyperbolic layers) or 'output' (BERT's mean-pooled output as a point)"
+            )
         if config.is_decoder or config.add_cross_attention:
             raise ValueError("config: is that of a decoder; Hb-BERT is an encoder")
         space = manifold_of(config.manifold, config.c, config.learnable_curvature)
@@ -136,10 +149,19 @@ class HbBertModel(FromBert, BertModel):
         super()._init_weights(module)
         _init_curvature(module, self.config)
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, output_hidden_states: bool | None = None,
-                return_dict: bool | None = None, **keywords: Any) -> HbBertOutput | tuple:
-        """input_ids [B, L] or inputs_embeds [B, L, d]; attention_mask [B, L], 1 for tokens. keywords: refused in mode "inner" unless they are None."""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **keywords: Any,
+    ) -> HbBertOutput | tuple:
+        """input_ids [B, L] or inputs_embeds [B, L, d]; attention_mask [B, L], 1 for tokens. keywords: refused in mode "inner" unless they
+        are None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
@@ -147,8 +169,15 @@ class HbBertModel(FromBert, BertModel):
             raise ValueError(f"attention_mask: has shape {tuple(attention_mask.shape)}, must be {tuple(shape)}")
         states = None
         if self.config.mode == "output":
-            done = super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states=output_hidden_states,
-                                   **keywords)
+            done = super().forward(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                output_hidden_states=output_hidden_states,
+                **keywords,
+            )
             hidden, pooled, states = done.last_hidden_state, done.pooler_output, done.hidden_states
             embedding = self.manifold.projx(_mean(hidden, attention_mask))
         else:
@@ -202,6 +231,7 @@ class HbBertForSequenceClassification(FromBert, BertPreTrainedModel):
     """Classes of texts: dropout and a linear layer on log0 of the embedding."""
 
     config_class = HbBertConfig
+    accepts_loss_kwargs = False  # the Trainer then divides by the number of batches it accumulates, as cross_entropy's mean wants it
 
     def __init__(self, config: HbBertConfig) -> None:
         super().__init__(config)
@@ -216,8 +246,14 @@ class HbBertForSequenceClassification(FromBert, BertPreTrainedModel):
         super()._init_weights(module)
         _init_curvature(module, self.config)
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                labels: Tensor | None = None, **keywords: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **keywords: Any,
+    ) -> Any:
         """labels [B]: classes; the output then has the cross-entropy as `loss`. Returns transformers' SequenceClassifierOutput."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 

@@ -3,11 +3,12 @@
     exp0(v) = tanhc(c|v|^2) v                     log0(x) = atanhc(c|x|^2) x                     d(0, x) = 2 |log0(x)|
     q(x, y) = |x - y|^2 / ((1 - c|x|^2)(1 - c|y|^2))                                             d(x, y) = 2 sqrt(q) asinhc(c q)
     x + y   = Mobius addition
-    mean    = S / (T + sqrt(T^2 - c|S|^2)),  S = sum w l x,  T = sum w (l - 1),  l = 2 / (1 - c|x|^2)     (the Lorentz centroid in these coordinates)
+    mean    = S / (T + sqrt(T^2 - c|S|^2)),  S = sum w l x,  T = sum w (l - 1),  l = 2 / (1 - c|x|^2)
+              the Lorentz centroid in these coordinates
 
-geoopt's PoincareBall with what it lacks: a distance by asinh, which keeps its digits at both ends (geoopt's artanh of a Mobius difference saturates), series in
-c|x|^2, so that c = 0 is the Euclidean space (distances doubled, as the metric has it), and the pairwise forms. Everything else, Riemannian gradients,
-retractions and transport, is geoopt's. Methods work along the last axis.
+geoopt's PoincareBall with what it lacks: a distance by asinh, which keeps its digits at both ends (geoopt's artanh of a Mobius difference
+saturates), series in c|x|^2, so that c = 0 is the Euclidean space (distances doubled, as the metric has it), and the pairwise forms.
+Everything else, Riemannian gradients, retractions and transport, is geoopt's. Methods work along the last axis.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Functions of s = c|v|^2 that hyperbolic maps are made of, analytic at s = 0, so that curvature c -> 0 gives the Euclidean map exactly.
 
-    sinhc(s) = sinh(r)/r    asinhc(s) = asinh(r)/r    tanhc(s) = tanh(r)/r    atanhc(s) = atanh(r)/r    coshr(s) = cosh(r)    with r = sqrt(s)
+    sinhc(s) = sinh(r)/r    asinhc(s) = asinh(r)/r    tanhc(s) = tanh(r)/r    atanhc(s) = atanh(r)/r    coshr(s) = cosh(r)
+    with r = sqrt(s)
 
 Below a threshold a power series in s, above it the closed form; both branches and their gradients are finite for every s they are given.
 Arguments are float32 or float64, s >= 0.
@@ -13,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Seven terms: the first left out is below the rounding of the dtype at these thresholds, and above them the derivative of the closed form loses
-# less than two digits to cancellation.
+# Seven terms: the first left out is below the rounding of the dtype at these thresholds, and above them the derivative of the closed form
+# loses less than two digits to cancellation.
 _THRESHOLD = {torch.float32: 0.1, torch.float64: 5e-3}
 _SINH = (1.0, 1 / 6, 1 / 120, 1 / 5040, 1 / 362880, 1 / 39916800, 1 / 6227020800)
 _COSH = (1.0, 1 / 2, 1 / 24, 1 / 720, 1 / 40320, 1 / 3628800, 1 / 479001600)
