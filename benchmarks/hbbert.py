@@ -78,7 +78,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         whole = read_wordnet(options.wordnet)
-        self.hierarchy: Hierarchy = whole if options.full else whole.below(_find(whole, options.below))
+        self.hierarchy: Hierarchy = whole if options.full else whole.below(find(whole, options.below))
         source = models.model_directory(options.model)
         self.names = Names(models.load_tokenizer(source), self.hierarchy.names)
         self.dense = models.load_dense(source)
@@ -139,12 +139,17 @@ class Bench:
         return Split(parts.train, *([pair for pair in pairs if pair not in direct] for pairs in (parts.validation, parts.test)))
 
 
-def _find(hierarchy: Hierarchy, word: str) -> int:
+def find(hierarchy: Hierarchy, word: str) -> int:
     """The entity of that name with the most descendants. SystemExit: there is none."""
     named = [i for i, name in enumerate(hierarchy.names) if name == word]
     if not named:
         raise SystemExit(f"--below: WordNet has no noun {word!r}")
     return max(named, key=lambda i: sum(i in above for above in hierarchy.ancestors))
+
+
+def curvature_of(row: Path) -> float:
+    """c of a row that was written."""
+    return json.loads(row.read_text())["row"]["curvature"]
 
 
 def to_codes(model: HbBertModel, layout: str) -> HbBertModel:

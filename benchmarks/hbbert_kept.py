@@ -1,4 +1,4 @@
-"""How much of its accuracy an Hb-BERT keeps at 2 bits: after compression (PTQ), training in codes (QAT) and training on (QAT + fine-tuning).
+"""How much accuracy an Hb-BERT keeps at 2 bits: after compression (PTQ), training in codes (QAT) and training on (QAT + fine-tuning).
 
     dense                  the pretrained encoder, trained for the task
     PTQ                    that model compressed to rbe8x2_g8, nothing more

@@ -46,7 +46,7 @@ def attend(manifold: Space, query: Tensor, key: Tensor, value: Tensor, mask: Ten
             query, key, value = query.float(), key.float(), value.float()
         q, k = manifold.expmap0(query), manifold.expmap0(key)
         # lengths after expmap0 has shortened what the dtype cannot hold, or the score of a far key would exceed every bound
-        square = manifold.dist0(q, keepdim=True).square() + manifold.dist0(k, keepdim=True).square().transpose(-1, -2)
+        square = manifold.square_at_origin(query) + manifold.square_at_origin(key).transpose(-1, -2)
         score = (square - manifold.pairwise_sqdist(q, k)) / (2 * manifold.scale**2 * query.shape[-1] ** 0.5)
         if mask is not None:
             score = score.masked_fill(~mask, torch.finfo(score.dtype).min)

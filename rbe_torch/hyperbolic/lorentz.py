@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .curvature import BALL_LIMIT, Curvature, at_least_float32
+from .radial import ONE, radial, shortened_square
 from .safe import asinhc, coshr, root, sinhc
 
 
@@ -46,22 +47,20 @@ class Lorentz(Curvature):
     @at_least_float32
     def expmap0(self, u: Tensor) -> Tensor:
         """The point that the tangent vector u at the origin leads to; u is shortened to what the dtype can hold."""
-        s, most = self.c * _dot(u, u), _limit(u.dtype) ** 2
-        far = s > most
-        u = torch.where(far, u * (most / torch.where(far, s, most)).sqrt(), u)
-        return sinhc(s.clamp(max=most)) * u
+        return radial(u, self.c, "sinh", _limit(u.dtype) ** 2)
+
+    def square_at_origin(self, u: Tensor) -> Tensor:
+        """d(0, exp0(u))^2 [..., 1] of tangent vectors u, without the point."""
+        return shortened_square(u, self.c, _limit(u.dtype) ** 2)
 
     @at_least_float32
     def logmap0(self, x: Tensor) -> Tensor:
-        x = self.projx(x)
-        return asinhc(self.c * _dot(x, x)) * x
+        return radial(x, self.c, "asinh", math.sinh(_limit(x.dtype)) ** 2)
 
     @at_least_float32
     def projx(self, x: Tensor) -> Tensor:
         """x, shortened to what the dtype can hold."""
-        s, most = self.c * _dot(x, x), math.sinh(_limit(x.dtype)) ** 2
-        far = s > most
-        return torch.where(far, x * (most / torch.where(far, s, most)).sqrt(), x)
+        return radial(x, self.c, ONE, math.sinh(_limit(x.dtype)) ** 2)
 
     # ---- distances ----------------------------------------------------------------------------------------------------------------
     @at_least_float32

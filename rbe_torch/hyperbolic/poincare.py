@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .curvature import BALL_LIMIT, Curvature, at_least_float32
 from .lorentz import _dot, _norm
-from .safe import asinhc, atanhc, root, tanhc
+from .radial import ONE, radial, shortened_square
+from .safe import asinhc, atanhc, root
 
 
 class PoincareBall(Curvature, geoopt.PoincareBall):
@@ -34,24 +35,22 @@ class PoincareBall(Curvature, geoopt.PoincareBall):
     def expmap0(self, u: Tensor, *, dim: int = -1, project: bool = True) -> Tensor:
         """The point that the tangent vector u at the origin leads to, kept inside the ball by what the dtype can hold."""
         _last(dim)
-        s, most = self.c * _dot(u, u), math.atanh(BALL_LIMIT[u.dtype]) ** 2
-        far = s > most
-        u = torch.where(far, u * (most / torch.where(far, s, most)).sqrt(), u)
-        return tanhc(s.clamp(max=most)) * u
+        return radial(u, self.c, "tanh", math.atanh(BALL_LIMIT[u.dtype]) ** 2)
+
+    def square_at_origin(self, u: Tensor) -> Tensor:
+        """d(0, exp0(u))^2 [..., 1] of tangent vectors u, without the point."""
+        return 4 * shortened_square(u, self.c, math.atanh(BALL_LIMIT[u.dtype]) ** 2)
 
     @at_least_float32
     def logmap0(self, x: Tensor, *, dim: int = -1) -> Tensor:
         _last(dim)
-        x = self.projx(x)
-        return atanhc(self.c * _dot(x, x)) * x
+        return radial(x, self.c, "atanh", BALL_LIMIT[x.dtype] ** 2)
 
     @at_least_float32
     def projx(self, x: Tensor, *, dim: int = -1) -> Tensor:
         """x, shortened to geoopt's limit where it is beyond."""
         _last(dim)
-        s, most = self.c * _dot(x, x), BALL_LIMIT[x.dtype] ** 2
-        far = s > most
-        return torch.where(far, x * (most / torch.where(far, s, most)).sqrt(), x)
+        return radial(x, self.c, ONE, BALL_LIMIT[x.dtype] ** 2)
 
     @at_least_float32
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False, dim: int = -1) -> Tensor:

@@ -63,6 +63,32 @@ def atanhc(s: Tensor) -> Tensor:
     return _analytic(s, _ATANH, lambda r: r.atanh() / r)
 
 
+# f'(s) of the four functions by the value and s = r^2, for s above the threshold
+_SLOPE: dict[str, tuple[Sequence[float], Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "sinh": (_SINH, torch.sinh, lambda r, value: r.cosh() - value),
+    "asinh": (_ASINH, torch.asinh, lambda r, value: (1 + r * r).rsqrt() - value),
+    "tanh": (_TANH, torch.tanh, lambda r, value: 1 - (value * r).square() - value),
+    "atanh": (_ATANH, torch.atanh, lambda r, value: 1 / (1 - r * r) - value),
+}
+
+
+def function_and_slope(s: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(f, f') of sinhc, asinhc, tanhc or atanhc at s, for kind "sinh", "asinh", "tanh" or "atanh"."""
+    series, closed, slope = _SLOPE[kind]
+    threshold = _THRESHOLD[s.dtype]
+    small = s < threshold
+    near = torch.where(small, s, torch.zeros_like(s))
+    value, rate = torch.full_like(near, series[-1]), torch.full_like(near, series[-1] * (len(series) - 1))
+    for power in range(len(series) - 2, -1, -1):
+        value = value * near + series[power]
+        if power:
+            rate = rate * near + series[power] * power
+    far = torch.where(small, torch.full_like(s, threshold), s)
+    r = far.sqrt()
+    above = closed(r) / r
+    return torch.where(small, value, above), torch.where(small, rate, slope(r, above) / (2 * far))
+
+
 def root(square: Tensor) -> Tensor:
     """sqrt of a square that may be 0, with a finite gradient there."""
     return (square + TINY[square.dtype] ** 2).sqrt()
