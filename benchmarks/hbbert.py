@@ -60,7 +60,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--below", default="animal", help="reduced: the nouns below this one; default animal")
-    parser.add_argument("--steps", type=int, help="of a run; default 120, --full 2000")
+    parser.add_argument("--steps", type=int, help="of a run; default 80, --full 2000")
     parser.add_argument("--batch", type=int, help="pairs a step; default 16, --full 256")
     parser.add_argument("--wrong", type=int, help="wrong parents a pair in training; default 4, --full 10")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -92,7 +92,7 @@ class Bench:
         self.splits = {task: split(self.hierarchy, task, seed=options.seed) for task in TASKS}
         full = options.full
         self.settings = Options(
-            steps=options.steps or (2000 if full else 120),
+            steps=options.steps or (2000 if full else 80),
             batch=options.batch or (256 if full else 16),
             wrong=options.wrong or (10 if full else 4),
             lr=options.lr,

@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--task", choices=("sst2", "hierarchy"), action="append", help="only this one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.steps, options.batch = options.steps or 120, options.batch or 16
+    options.steps, options.batch = options.steps or 80, options.batch or 16
     rows, results = [], {}
     for name, run in (("sst2", sst2), ("hierarchy", hierarchy)):
         if options.task and name not in options.task:

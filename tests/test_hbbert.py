@@ -237,10 +237,8 @@ def test_the_trainer_trains_it(mode, layout, tmp_path):
 @torch.no_grad()
 def test_the_compiler_takes_the_whole_model():
     model = hb(bert(num_hidden_layers=1), curvature=0.05, layout="rbe8x2_g8", learnable_curvature=True)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")  # inductor's C++ would take a minute for each
-    for length in (5, 3):
-        ids, mask = IDS[:, :length], MASK[:, :length]
-        torch.testing.assert_close(compiled(ids, mask).embedding, model(ids, mask).embedding, rtol=0, atol=COMPILED)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # inductor's C++ would take a minute
+    torch.testing.assert_close(compiled(IDS, MASK).embedding, model(IDS, MASK).embedding, rtol=0, atol=COMPILED)
 
 
 @pytest.mark.parametrize("space", [Lorentz, PoincareBall])
