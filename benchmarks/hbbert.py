@@ -5,11 +5,13 @@ HiT's protocol (He et al. 2024, "Language models as hierarchy encoders", arXiv 2
     benchmarks/hbbert.py                reduced: the nouns below one word, a few steps, one training run a row; minutes on a CPU core
     benchmarks/hbbert.py --full         all 74,401 nouns, a run for each of HiT's four settings; for a GPU
 
-Rows: three spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates.
+Rows: four spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates.
+All are the Poincare ball, so that distances near the origin, and with them the loss's margins, are the same; d is the hidden size.
 
     euclidean   BERT's mean-pooled output, curvature 0
-    hit         BERT's mean-pooled output read as a point of the Poincare ball of curvature -1/d: HiT
-    ours        hyperbolic inner layers, Lorentz, the curvature learned from -1/d
+    hit         BERT's mean-pooled output read as a point, curvature -1/d: HiT
+    ours        the same with four times the curvature: the best of 1, 4 and 8 times on validation pairs
+    inner       hyperbolic inner layers, the curvature learned from -1/(8 d), which leaves the pretrained encoder nearly what it was
 
 A row in codes takes half of its steps dense and half in codes; rbe22_g64, which holds nothing of a trained weight, all of them in codes.
 Rows that are finished are kept in OUT/hbbert-*.json and runs that were cut go on where they stopped.
@@ -46,7 +48,8 @@ from rbe_torch.hyperbolic.wordnet import DEFAULT, read_wordnet  # noqa: E402
 SPACES: dict[str, dict[str, Any]] = {
     "euclidean": {"manifold": "poincare", "mode": "output", "curvature": 0.0},
     "hit": {"manifold": "poincare", "mode": "output"},
-    "ours": {"manifold": "lorentz", "mode": "inner", "learnable_curvature": True},
+    "ours": {"manifold": "poincare", "mode": "output", "curvature": 4.0},  # 4 / d
+    "inner": {"manifold": "poincare", "mode": "inner", "curvature": 0.125, "learnable_curvature": True},  # 1 / (8 d)
 }
 LAYOUTS = {"dense": None, "2 bits": "rbe8x2_g8", "rbe22_g64": "rbe22_g64"}
 PUBLISHED = {"multi random": 0.871, "multi hard": 0.907, "mixed random": 0.856, "mixed hard": 0.862}  # HiT, all-MiniLM-L6-v2
@@ -101,7 +104,7 @@ class Bench:
 
     def model(self, space: str) -> HbBertModel:
         torch.manual_seed(self.options.seed)
-        return HbBertModel.from_pretrained(copy.deepcopy(self.dense), **SPACES[space]).to(self.options.device)
+        return HbBertModel.from_pretrained(copy.deepcopy(self.dense), **arguments_of(space, self.dense)).to(self.options.device)
 
     def run(self, space: str, layout: str | None, task: str, hard: float, checkpoint: Path) -> tuple[HbBertModel, list[float]]:
         """One training run. In codes: half of the steps dense, half in codes; layouts that cannot hold a trained weight take all of them
@@ -139,6 +142,14 @@ class Bench:
         return Split(parts.train, *([pair for pair in pairs if pair not in direct] for pairs in (parts.validation, parts.test)))
 
 
+def arguments_of(space: str, bert: nn.Module) -> dict[str, Any]:
+    """What HbBertModel.from_pretrained takes for a row; SPACES has curvatures in units of 1 / hidden size."""
+    given = dict(SPACES[space])
+    if "curvature" in given:
+        given["curvature"] /= bert.config.hidden_size
+    return given
+
+
 def find(hierarchy: Hierarchy, word: str) -> int:
     """The entity of that name with the most descendants. SystemExit: there is none."""
     named = [i for i, name in enumerate(hierarchy.names) if name == word]
@@ -166,7 +177,7 @@ def measure(bench: Bench, space: str, codes: str) -> dict[str, Any]:
     """A row: F1 of the four settings. Reduced: one run, on the mixed-hop pairs with as many hard as random wrong parents, judged in all
     four."""
     options, layout = bench.options, LAYOUTS[codes]
-    start, row, losses = time.perf_counter(), {"space": space, "codes": codes}, []
+    start, cpu, row, losses = time.perf_counter(), time.process_time(), {"space": space, "codes": codes}, []
     stem = options.out / f"hbbert-run-{space}-{codes.replace(' ', '')}"
     results: dict[str, dict[str, float]] = {}
     if options.full:
@@ -187,20 +198,30 @@ def measure(bench: Bench, space: str, codes: str) -> dict[str, Any]:
     row["f1"] = results
     row["loss"] = [[round(float(np.mean(run[:10])), 4), round(float(np.mean(run[-10:])), 4)] for run in losses]
     row["seconds"] = round(time.perf_counter() - start, 1)
-    row["cpu_seconds"] = round(time.process_time(), 1)
+    row["cpu_seconds"] = round(time.process_time() - cpu, 1)
     return row
+
+
+def untrained(bench: Bench) -> dict[str, Any]:
+    """The pretrained encoder as it is, its output read as HiT reads it."""
+    model, results = bench.model("hit"), {}
+    points = bench.points(model)
+    for task in TASKS:
+        parts = bench.splits[task]
+        results |= {f"{task} {kind}": bench.f1(model, points, parts, kind) for kind in NEGATIVES}
+    return {"space": "pretrained", "codes": "dense", "curvature": float(model.manifold.c), "f1": results, "loss": [], "seconds": 0.0}
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     lines = [{"space": "HiT, published (all nouns)", "weights": "dense", **{name: f"{value:.3f}" for name, value in PUBLISHED.items()}}]
     for row in rows:
-        loss = row["loss"][0]
+        loss = row["loss"][-1] if row["loss"] else None
         lines.append(
             {
                 "space": row["space"],
                 "weights": row["codes"],
                 **{name: f"{row['f1'][name]['test']:.3f}" for name in SETTINGS},
-                "loss": f"{loss[0]:.2f} -> {loss[1]:.2f}" if loss[0] else "",
+                "loss": f"{loss[0]:.2f} -> {loss[1]:.2f}" if loss else "",
                 "c": f"{row['curvature']:.5f}",
             }
         )
@@ -223,7 +244,7 @@ def main() -> int:
         "test_pairs": {task: len(parts.test) for task, parts in bench.splits.items()},
     }
     print(json.dumps(facts), flush=True)
-    rows = []
+    rows = [] if options.only else [untrained(bench)]
     for codes in LAYOUTS:
         for space in SPACES:
             if options.only not in f"{space} {codes}":

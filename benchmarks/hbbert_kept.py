@@ -82,7 +82,8 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(options.seed))[: options.steps * options.batch].tolist()
     dev, dev_labels = read_sst2(options.data / "sst2" / "dev.tsv")
     torch.manual_seed(options.seed)
-    model = HbBertForSequenceClassification.from_pretrained(models.load_dense(source), **hbbert.SPACES[options.space]).to(options.device)
+    bert = models.load_dense(source)
+    model = HbBertForSequenceClassification.from_pretrained(bert, **hbbert.arguments_of(options.space, bert)).to(options.device)
 
     def batches(texts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
         return [dict(tokenizer(texts[i : i + size], padding=True, truncation=True, max_length=48, return_tensors="pt").to(options.device))

@@ -1,8 +1,8 @@
 """Two pictures of a trained Hb-BERT: a part of WordNet's tree in the Poincare disk, and distance from the origin against depth.
 
-Reads the points that benchmarks/hbbert.py left in OUT (hbbert-run-SPACE-dense.points.pt). They lie in 384 dimensions. For the disk each gets
-a point of two, whose distances to the others and to the origin are those of the model as nearly as Riemannian Adam finds them (hyperbolic
-multidimensional scaling; the title says how nearly). Edges are geodesics. The second picture shows the points themselves, unprojected.
+Reads the points that benchmarks/hbbert.py left in OUT (hbbert-run-SPACE-dense.points.pt). They lie in 384 dimensions. For the disk each
+gets a point of two, with the distances to the others and to the origin that the model has, as nearly as Riemannian Adam finds them
+(hyperbolic multidimensional scaling; the title says how nearly). Edges are geodesics. The second picture shows the points themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rbe_torch.evaluate import spearman
 from rbe_torch.hyperbolic import Lorentz, PoincareBall
+from rbe_torch.hyperbolic.layers import MANIFOLDS
 
 FARTHEST = 5.0  # distance from the centre of the disk that the farthest point is drawn at
 STEPS = 1500
@@ -114,8 +115,7 @@ def main() -> int:
         points = torch.load(file, weights_only=True)
         if len(points) != len(bench.hierarchy.names):
             raise SystemExit(f"{file} holds {len(points)} points, the nouns below {options.below!r} are {len(bench.hierarchy.names)}")
-        kind = {"lorentz": Lorentz, "poincare": PoincareBall}[arguments["manifold"]]
-        panels[space] = (points, kind(hbbert.curvature_of(row)))
+        panels[space] = (points, MANIFOLDS[arguments["manifold"]](hbbert.curvature_of(row)))
     draw_disk(bench, *panels[options.space], options.tree, options.out / "hbbert_disk.png")
     print("Spearman of norm and depth:", draw_norms(bench, panels, options.out / "hbbert_norms.png"))
     print(f"written: {options.out / 'hbbert_disk.png'}, {options.out / 'hbbert_norms.png'}")
