@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-typedef enum rbe_status { RBE_OK, RBE_BAD_ARGUMENT, RBE_OUT_OF_MEMORY } rbe_status;
+typedef enum rbe_status { RBE_OK, RBE_BAD_ARGUMENT, RBE_OUT_OF_MEMORY, RBE_DEVICE_FAILED } rbe_status;
 typedef struct rbe_error { char text[512]; } rbe_error;
 
 // Formats the sentence and returns the status, so that a check reads `return rbe_fail(err, RBE_BAD_ARGUMENT, "x: ...", ...)`.
