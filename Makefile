@@ -14,13 +14,14 @@ path := PATH="$(abspath $(VENV))/bin:$$PATH" MAKEFLAGS=--no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-c test-asan test-tsan bench bench-peers wheel build clean needs-build needs-tests
+.PHONY: help demo test test-c test-asan test-neon test-tsan bench bench-peers wheel build clean needs-build needs-tests
 
 help:
 	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
 	@echo 'make test        C tests (GoogleTest), then Python tests (pytest)'
 	@echo 'make test-asan   C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make test-tsan   the same under ThreadSanitizer: of the CUDA kernels too, run on the CPU'
+	@echo 'make test-neon   C tests of the NEON kernels, cross-compiled for aarch64, under qemu'
 	@echo 'make bench       time the products and their gradients against torch; results in $(OUT)/'
 	@echo 'make bench-peers  one layer beside bitsandbytes, hqq, quanto, torchao, aqlm and torch'"'"'s own, in $(VENV)-peers'
 	@echo 'make wheel       dist/rbe_torch-*.whl'
@@ -140,6 +141,17 @@ test-asan: needs-tests $(VENV)/made
 
 test-tsan: needs-tests $(VENV)/made
 	$(call ctests,build/tsan,-DRBE_CUDA=0 -DRBE_SANITIZE=thread)
+
+# the death tests start their own program again, which is one for the emulator
+neon := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+        -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ '-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu'
+needs_neon = $(call miss,command -v aarch64-linux-gnu-g++,a C++ compiler for aarch64,g++-aarch64-linux-gnu) \
+             $(call miss,command -v qemu-aarch64,an emulator of aarch64,qemu-user) \
+             $(call miss,test -f /usr/src/googletest/CMakeLists.txt,the sources of GoogleTest,libgtest-dev)
+test-neon: export GTEST_FILTER := *:-*UnknownIsaIsRefused*
+test-neon: needs-tests $(VENV)/made
+	$(call need,$(needs_neon))
+	$(call ctests,build/neon,-DRBE_CUDA=0 $(neon))
 
 wheel: $(VENV)/made
 	@rm -rf build/lib* build/bdist*
