@@ -107,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     entry = command("plan", "list what a model would weigh in each layout, from its config.json alone; with a budget, what each layer would get",
                     "rbe plan minilm --bits 2.5")
-    entry.add_argument("model", metavar="MODEL|CONFIG", help="a model directory or a config.json")
+    entry.add_argument("model", metavar="MODEL|CONFIG",
+                       help="a model directory, a config.json, or the shapes of gpt2, llama-2-7b, llama-2-70b or gpt-3-175b")
     entry.add_argument("--layout", action="append", type=_layout, metavar="L", help="only these; may be repeated")
     budget(entry)
     calibration(entry)

@@ -118,3 +118,14 @@ def test_text_that_cannot_be_used_is_refused(capsys, bert, tmp_path):
     for name in ("empty.txt", "missing.txt"):
         assert main(["compress", str(bert), str(tmp_path / "out"), "--calibrate", str(tmp_path / name), "--quiet"]) == 1
         assert "text:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "parameters", "dense_gigabytes"), [("gpt2", 124_439_808, 0.498), ("llama-2-7b", 6_738_415_616, 13.48),
+                                                                    ("llama-2-70b", 68_976_648_192, 137.95), ("gpt-3-175b", 174_604_259_328, 349.2)])
+def test_plan_of_published_models_has_their_published_sizes(capsys, name, parameters, dense_gigabytes):
+    """Parameter counts of the models' papers and cards; GPT-3's 175 B with its 2048 positions."""
+    facts = json_of(capsys, "plan", name, "--layout", "rbe8x2_g8", "--layout", "rbe22_g64")
+    size = 4 if name == "gpt2" else 2
+    assert facts["dense_model"] == size * parameters and facts["dense_model"] / 1e9 == pytest.approx(dense_gigabytes, rel=2e-3)
+    assert facts["rows"][0]["bits_per_weight"] == pytest.approx(2.0, abs=0.02)
+    assert not Path(name).exists()
