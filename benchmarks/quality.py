@@ -88,11 +88,10 @@ def tuned(task: Task, layout: str, minutes: float) -> Result:
     from rbe_torch.tune import tune_model
 
     model = models.load_dense(task.source)
-    originals = {entry.name: entry for entry in replace.find_linears(model) if entry.convertible}
     report = rbe_torch.compress(model, layout, calibration=task.calibration)
     calls = walk.calls_of(text.sentence_batches(task.tokenizer, task.train[:TUNE_SENTENCES]), torch.device("cpu"))
     before = task.score(model)
-    tuning = tune_model(model, originals, calls, 60 * minutes)
+    tuning = tune_model(model, models.load_dense(task.source), calls, 60 * minutes)
     return model, report.bits_per_weight, {"calibrated": before, "calibrating_seconds": report.seconds, "tuning": tuning}
 
 

@@ -76,6 +76,9 @@ def calibrate_layer(module: nn.Module, layout: Layout, basis: nn.Parameter, fit:
 def solve(problem: Problem, layout: Layout, basis: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(gain [m], codes int32 [m, K, M], residual) of the problem, all on the CPU."""
     table = basis.detach().float().cpu()
+    if layout.residual in ("int8", "fp8"):  # a residual that fine leaves nothing to weigh
+        made = encode_layer(problem.target, layout, table, None, seed)
+        return made.gain, made.codes, made.residual
     gain, codes = _first_codes(problem, layout, table, seed)
     if not layout.has_amplitude:
         for _ in range(_GAIN_ROUNDS):
@@ -126,11 +129,14 @@ def _decode(codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, n: int, 
 # ---- a whole model ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def calibrate_model(model: nn.Module, calls: list[Call], chosen: Sequence[Found], basis_of: Callable[[Found], nn.Parameter], layout_of: Callable[[Found], Layout],
-                    seeds: dict[str, int], put: Callable[[Found, RBELinear], None], tick: Callable[[Found, Calibrated], None]) -> None:
+                    seeds: dict[str, int], put: Callable[[Found, RBELinear], None], tick: Callable[[Found, Calibrated], None],
+                    block_seconds: float = 0.0) -> list[dict[str, Any]]:
     """Encodes the layers in order of execution and puts each in place with `put`, so that later ones see what the earlier ones lose.
 
-    A layer that no call reaches is encoded from its weight alone, with a note.
+    A layer that no call reaches is encoded from its weight alone, with a note. block_seconds: for fitting each block of a chain to the dense block's
+    outputs when its layers are encoded; returns what that did (tune.py).
     """
+    fitted: list[dict[str, Any]] = []
     entries = {entry.name: entry for entry in chosen}
     left = dict(entries)
     for visit in walk(model, calls, list(entries)):
@@ -143,10 +149,15 @@ def calibrate_model(model: nn.Module, calls: list[Call], chosen: Sequence[Found]
                 made = calibrate_layer(entry.module, layout_of(entry), basis_of(entry), fit, held, seeds[entry.name])
                 put(entry, made.layer)
                 tick(entry, made)
+        if block_seconds > 0 and visit.stretch.name:
+            from .tune import tune_stretch
+
+            fitted.append({"block": visit.stretch.name, **tune_stretch(visit, block_seconds)})
     for name, entry in left.items():
         layer = RBELinear.from_linear(entry.module, layout_of(entry), basis_of(entry), seed=seeds[name])
         put(entry, layer)
         tick(entry, Calibrated(layer, None, None, "no calibration batch reached it: encoded from its weight alone"))
+    return fitted
 
 
 def gather(visit: Visit, layer: str, n: int, device: torch.device) -> tuple[Moments, Moments | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ __all__ = ["compress", "fit_basis"]
 
 # From this group size on, codes with a gain of their own hold next to nothing of a trained weight: it has no direction to share.
 _HOPELESS_GROUP = 32
-_FIT_SHARE = 0.5  # of the progress bar
+_BLOCK_SHARE = 0.25  # of the time for fine-tuning
 _PROBED_VALUES = 1 << 18
 
 
@@ -78,6 +79,7 @@ def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patt
     else:
         _warn_hopeless(layout, chosen, report, seed)
     run = _Run(model, chosen, layouts, seed, basis, progress, tables)
+    teacher = copy.deepcopy(model).eval() if tune is not None else None
     was_training = [module for module in model.modules() if module.training]
     try:
         run.fit_bases()
@@ -85,13 +87,22 @@ def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patt
             run.encode()
         else:
             model.eval()
-            run.calibrate(calls)
-            if tune is not None:
+            if tune is None:
+                run.calibrate(calls, 0.0)
+            else:
                 from .tune import tune_model
+                from .walk import find_chain
 
-                report.tuning = tune_model(model, run.originals, calls, 60.0 * tune, seed, progress)
+                blocks = len(find_chain(model, calls[0], list(layouts)))
+                fitted = run.calibrate(calls, 60.0 * tune * _BLOCK_SHARE / blocks if blocks else 0.0)
+                report.tuning = tune_model(model, teacher, calls, 60.0 * tune * (1 - _BLOCK_SHARE if blocks else 1.0), seed, progress)
+                report.tuning["blocks"] = fitted
     except BaseException:
         run.undo()
+        if teacher is not None:  # norms and biases were moved in place
+            with torch.no_grad():
+                for parameter, value in zip(model.parameters(), teacher.parameters(), strict=True):
+                    parameter.copy_(value)
         raise
     finally:
         for module in was_training:
@@ -121,7 +132,6 @@ class _Run:
         self.model, self.chosen, self.layouts, self.seed, self.progress = model, chosen, layouts, seed, progress
         self.per_layer = basis == "layer"
         self.weights = {entry.name: dense_weight(entry.module) for entry in chosen}
-        self.originals = {entry.name: entry for entry in chosen}
         self.layers: dict[str, RBELinear] = {}
         self.rows: dict[str, LayerRow] = {}  # seconds, output error, damping, note
         self.bases: dict[tuple, nn.Parameter] = {}
@@ -169,7 +179,7 @@ class _Run:
             for entry in self.chosen:
                 self.put(entry, made[entry.name])
 
-    def calibrate(self, calls: list) -> None:
+    def calibrate(self, calls: list, block_seconds: float) -> list[dict[str, Any]]:
         from .calibrate import calibrate_model
 
         last = [time.monotonic()]
@@ -180,7 +190,8 @@ class _Run:
                 last[0] = now
                 bar.step(self.weights[entry.name].numel(), entry.name)
 
-            calibrate_model(self.model, calls, self.chosen, self.basis_of, lambda entry: self.layouts[entry.name], self.seeds, self.put, tick)
+            return calibrate_model(self.model, calls, self.chosen, self.basis_of, lambda entry: self.layouts[entry.name], self.seeds, self.put, tick,
+                                   block_seconds)
 
     def put(self, entry: Found, layer: RBELinear) -> None:
         self.layers[entry.name] = layer

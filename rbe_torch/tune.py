@@ -7,7 +7,6 @@ small layers than the product in codes, and the same numbers.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .encode import fp16_gain, fp16_values
 from .linear import RBELinear
 from .progress import Progress
-from .walk import Call, output_tensor
+from .walk import Call, Visit, output_tensor
 
 # Of Adam, in units of the basis's root mean square, for log gain, and for biases and norms. MiniLM, rbe8x2_g8, four minutes (80 to 100 steps of 64
 # sentences) from a cosine of 0.912 to the dense embeddings: these divided by 6, 0.933; divided by 2, 0.936; times 1.7, 0.938.
@@ -57,8 +56,9 @@ class _Student:
         own = {id(layer.basis) for layer in module.modules() if isinstance(layer, RBELinear)}
         own |= {id(layer._parameters["gain"]) for layer in module.modules() if isinstance(layer, RBELinear)}
         self.rest = [p for p in module.parameters() if p.dim() == 1 and p.is_floating_point() and id(p) not in own]
-        self._before = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
-        self.kept = [p.requires_grad for p in self.rest]
+        self._required = [(p, p.requires_grad) for p in module.parameters()]
+        gains = [layer._parameters["gain"] for layer in self.layers]
+        self._before = [(p, p.detach().clone()) for p in (*self.basis, *self.rest, *gains)]
 
     def groups(self) -> list[dict[str, Any]]:
         scale = [float(table.detach().square().mean().sqrt()) for table in self.basis]
@@ -69,7 +69,7 @@ class _Student:
     def running(self) -> Iterator[None]:
         """While it lasts nothing else of the module is trained and the layers multiply by decoded weights."""
         mine = {id(p) for p in (*self.basis, *self.rest)}
-        for parameter, _, _ in self._before:
+        for parameter, _ in self._required:
             parameter.requires_grad_(id(parameter) in mine)
         for layer, log_gain, words in zip(self.layers, self.log_gain, self.words, strict=True):
             layer.forward = _forward(layer, log_gain, words)
@@ -78,7 +78,7 @@ class _Student:
         finally:
             for layer in self.layers:
                 del layer.forward
-            for parameter, _, required in self._before:
+            for parameter, required in self._required:
                 parameter.requires_grad_(required)
                 parameter.grad = None
 
@@ -92,18 +92,10 @@ class _Student:
 
     @torch.no_grad()
     def undo(self) -> None:
-        for parameter, value, _ in self._before:
+        for parameter, value in self._before:
             parameter.copy_(value)
         for layer, log_gain in zip(self.layers, self.log_gain, strict=True):
             log_gain.copy_(layer.gain.log())
-
-    def state(self) -> list[Tensor]:
-        return [p.detach().clone() for p in (*self.basis, *self.log_gain, *self.rest)]
-
-    @torch.no_grad()
-    def restore(self, state: list[Tensor]) -> None:
-        for parameter, value in zip((*self.basis, *self.log_gain, *self.rest), state, strict=True):
-            parameter.copy_(value)
 
 
 def _forward(layer: RBELinear, log_gain: Tensor, words: Tensor) -> Callable[[Tensor], Tensor]:
@@ -139,17 +131,12 @@ def distance(output: Any, wanted: Tensor, mask: Tensor | None) -> Tensor:
     return whole.mean() + 0.2 * (lost * real).sum() / real.sum()
 
 
-def tune_model(model: nn.Module, originals: dict[str, Any], calls: Sequence[Call], seconds: float, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+def tune_model(model: nn.Module, teacher: nn.Module, calls: Sequence[Call], seconds: float, seed: int = 0, progress: bool = True) -> dict[str, Any]:
     """Distils the dense model into the compressed one for `seconds`; returns losses before and after on batches that it did not train on.
 
-    originals: the dense layers by name (Found). The model is changed in place, basis and gain end as fp16 values; where the held-out loss did not fall
-    everything is put back.
+    teacher: the dense model in eval mode, which shares no parameter with `model`. The model is changed in place, basis and gain end as fp16 values; where
+    the held-out loss did not fall everything is put back.
     """
-    teacher = copy.deepcopy(model)
-    for name, entry in originals.items():
-        parent, _, child = name.rpartition(".")
-        teacher.get_submodule(parent)._modules[child] = entry.module
-    teacher.eval()
     cache: dict[int, Tensor] = {}
 
     def wanted(index: int) -> Tensor:
@@ -165,6 +152,19 @@ def tune_model(model: nn.Module, originals: dict[str, Any], calls: Sequence[Call
         return distance(calls[index].run(model), wanted(index), calls[index].mask)
 
     return _fit(_Student(model, basis=True), loss, len(calls), seconds, seed, progress, "tune")
+
+
+def tune_stretch(visit: Visit, seconds: float, seed: int = 0) -> dict[str, Any]:
+    """Fits gains, biases and norms of a block whose layers are compressed to the dense block's outputs, for `seconds`; the basis is shared and stays."""
+    with torch.no_grad():
+        wanted = [output_tensor(call.run(visit.dense)).float() for call in visit.dense_calls]
+
+    def loss(index: int) -> Tensor:
+        got, want, mask = output_tensor(visit.calls[index].run(visit.stretch.module)).float(), wanted[index], visit.calls[index].mask
+        lost = (got - want).square().sum(-1) / want.square().sum(-1).clamp(min=1e-12)
+        return lost[mask].mean() if mask is not None and mask.shape == lost.shape else lost.mean()
+
+    return _fit(_Student(visit.stretch.module, basis=False), loss, len(visit.calls), seconds, seed, False, visit.stretch.name)
 
 
 def _fit(student: _Student, loss: Callable[[int], Tensor], count: int, seconds: float, seed: int, progress: bool, title: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rbe_torch
-from rbe_torch import budget, calibrate, codebook, encode, moments, walk
+from rbe_torch import budget, calibrate, codebook, encode, moments, shards, walk
 from rbe_torch.layout import Layout
 from rbe_torch.linear import RBELinear
 
@@ -317,10 +317,53 @@ def test_a_layer_that_nothing_reaches_is_encoded_and_said_so():
     assert isinstance(model.spare, RBELinear)
 
 
+def test_the_full_form_is_exact_to_a_hundredth_on_minilm():
+    """`rbe8x2_g8+int8` on layers of a trained encoder: |W - Q| <= 1e-2 |W|, on the rows whose largest weight stands out most, as they set int8's step."""
+    from rbe_torch import models
+
+    try:
+        directory = models.model_directory("minilm")
+    except ValueError as error:
+        pytest.skip(str(error))
+    places = shards.Shards(directory)
+    table = None
+    for name in ("encoder.layer.0.output.dense", "encoder.layer.5.intermediate.dense", "encoder.layer.3.attention.self.query"):
+        weight = places.tensor(f"{name}.weight").float()
+        layout = Layout.parse("rbe8x2_g8+int8")
+        table = codebook.fit_basis([weight[:48]], layout) if table is None else table
+        weight = weight[(weight.abs().amax(1) / weight.square().mean(1).sqrt()).topk(24).indices]
+        made = encode.encode_layer(weight, layout, table)
+        decoded = torch.ops.rbe.decode(made.codes, made.basis, made.gain, None, **made.residual, layout=str(layout), in_features=weight.shape[1])
+        assert float((weight - decoded).norm() / weight.norm()) < 1e-2, name
+
+
+@pytest.mark.parametrize("suffix", ["int8", "fp8", "lr4", "sp0.05"])
+def test_every_residual_is_encoded_stored_run_and_differentiated(suffix, tmp_path):
+    model = net()
+    run(model, f"rbe8x2_g8+{suffix}", calibration=batches())
+    x = batches(1)[0].requires_grad_()
+    model(x).square().sum().backward()
+    rbe_torch.save_pretrained(model, tmp_path)
+    loaded, dense = rbe_torch.load_pretrained(tmp_path, net()), net()
+    y = x.detach().clone().requires_grad_()
+    loaded(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    for name, layer in list(loaded.named_modules()):
+        if isinstance(layer, RBELinear):
+            parent, _, child = name.rpartition(".")
+            setattr(dense.get_submodule(parent), child, layer.to_linear())
+    dense.load_state_dict({k: v for k, v in loaded.state_dict().items() if "norm" in k}, strict=False)
+    z = x.detach().clone().requires_grad_()
+    dense(z).square().sum().backward()
+    torch.testing.assert_close(y.grad, z.grad, rtol=1e-3, atol=1e-4)
+
+
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------------------
 def test_tuning_lowers_the_loss_keeps_fp16_and_saves_what_it_measured(tmp_path):
     dense, model = net(), net()
     report = run(model, "rbe8_g8", calibration=batches(16), tune=0.05)
+    assert [block["block"] for block in report.tuning["blocks"]] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert all(not block["kept"] or block["after"] <= block["before"] for block in report.tuning["blocks"])
     assert report.tuning["kept"] and report.tuning["after"] < report.tuning["before"] and report.tuning["steps"] > 0
     plain = net()
     run(plain, "rbe8_g8", calibration=batches(16))
@@ -331,6 +374,22 @@ def test_tuning_lowers_the_loss_keeps_fp16_and_saves_what_it_measured(tmp_path):
     x = batches(1)[0]
     with torch.no_grad():
         assert torch.equal(rbe_torch.load_pretrained(tmp_path, net())(x), model(x))
+
+
+def test_an_error_while_tuning_puts_norms_and_biases_back(monkeypatch):
+    from rbe_torch import tune
+
+    model = net()
+    before, state = [id(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+
+    def failing(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(tune, "tune_model", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(model, "rbe8_g8", calibration=batches(8), tune=0.02)
+    assert [id(m) for m in model.modules()] == before
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe16s_g8", "rbe22_g16", "rbe9rx2_g16"])
