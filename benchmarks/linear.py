@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rbe_torch import Layout
+from rbe_torch.codes import for_kernels
 
 SIZES = [(4096, 4096)]
 FULL_SIZES = [(768, 768), (3072, 768), (4096, 4096), (11008, 4096)]
@@ -26,10 +27,10 @@ TOLERANCE = {"exact": 1e-5, "fast": 5e-2}
 
 
 def random_codes(layout: Layout, m: int, n: int, copies: int) -> list[torch.Tensor]:
-    """Packed random codes; layouts whose padding bits are not a whole byte are packed from words."""
+    """Random codes in the form that a layer holds; layouts whose padding bits are not a whole byte are packed from words."""
     groups = layout.groups(n)
     if layout.bits % 8 == 0 or (groups * layout.stages * layout.bits) % 8 == 0:
-        return list(torch.randint(0, 256, (copies, m, layout.packed_row_bytes(n)), dtype=torch.uint8))
+        return [for_kernels(packed, m, layout) for packed in torch.randint(0, 256, (copies, m, layout.packed_row_bytes(n)), dtype=torch.uint8)]
     raise SystemExit(f"{layout} has padding bits at n = {n}: choose n so that a row of codes fills its bytes")
 
 

@@ -15,6 +15,9 @@
 //     rbe8       idx                          8    idx; scale = 1
 //     rbe16s     idx, eight signs (7..0)     16    signs 0..7, idx 8..15; bit t set negates element t (g = 8); scale = 1
 //     rbe9r      sign, amp                    9    amp 0..7, sign 8; idx is drawn from a seed, curve is cat 1, sub 3 (exp(r) - 1)
+//     rbe4r      sign, amp's 3 highest bits   4    amp 5..7 as bits 0..2, sign 3; the rest of amp is 10000, the middle of the cell; idx is drawn
+//                                              from a seed, curve is cat 1, sub 1 (2 sinh(r/2), nearly straight: few values lie best evenly)
+//     rbe2r      sign, amp's highest bit      2    amp 7 as bit 0, sign 1; the rest of amp is 1000000; else as rbe4r
 //
 // Packed: code q = k*M + s of a row holds bits q*width .. q*width + width - 1 of the row, least significant first, little-endian;
 // a row takes ceil(K*M*width / 8) bytes and its padding bits are zero.
@@ -26,7 +29,7 @@
 #include <assert.h>
 #include <stdint.h>
 
-typedef enum rbe_field { RBE_FIELD_RBE32, RBE_FIELD_RBE22, RBE_FIELD_RBE8, RBE_FIELD_RBE16S, RBE_FIELD_RBE9R, RBE_FIELD_COUNT } rbe_field;
+typedef enum rbe_field { RBE_FIELD_RBE32, RBE_FIELD_RBE22, RBE_FIELD_RBE8, RBE_FIELD_RBE16S, RBE_FIELD_RBE9R, RBE_FIELD_RBE4R, RBE_FIELD_RBE2R, RBE_FIELD_COUNT } rbe_field;
 
 typedef enum rbe_residual_kind {
     RBE_RESIDUAL_NONE,
@@ -61,20 +64,30 @@ static inline uint32_t rbe_word_fine(uint32_t w) { return w >> RBE_FINE_SHIFT; }
 // (cat*4 + sub)*2 + deriv: cat and sub are neighbours in the word, cat on top
 static inline uint32_t rbe_word_curve(uint32_t w) { return (((w >> RBE_SUB_SHIFT) & 15u) << 1) | ((w >> RBE_DERIV_SHIFT) & 1u); }
 
-// Bits of the interchange word that a field layout may set, and those it always sets (rbe9r's curve).
+// Bits of the interchange word that a field layout may set, and those it always sets (the curve and the unstored end of amp, for layouts ending in r).
 static inline uint32_t rbe_field_mask(rbe_field field) {
-    static const uint32_t mask[RBE_FIELD_COUNT] = {0xFFFFFFFFu, 0x003FFFFFu, 0x0003FC00u, 0x0003FCFFu, 0x001FFEFFu};
+    static const uint32_t mask[RBE_FIELD_COUNT] = {0xFFFFFFFFu, 0x003FFFFFu, 0x0003FC00u, 0x0003FCFFu, 0x001FFEFFu, 0x0017FEF0u, 0x0017FEC0u};
     return mask[field];
 }
 static inline uint32_t rbe_field_constant(rbe_field field) {
-    return field == RBE_FIELD_RBE9R ? 1u << RBE_CAT_SHIFT | 3u << RBE_SUB_SHIFT : 0u;
+    static const uint32_t constant[RBE_FIELD_COUNT] = {0, 0, 0, 0, 0x001C0000u, 0x00140010u, 0x00140040u};
+    return constant[field];
+}
+
+// Layouts ending in r: idx is drawn from a seed.
+static inline int rbe_field_seeded(rbe_field field) { return field >= RBE_FIELD_RBE9R; }
+
+// Layouts ending in r store the highest bits of amp alone: how many of its 8 are not stored.
+static inline int rbe_field_amp_unstored(rbe_field field) {
+    static const int unstored[RBE_FIELD_COUNT] = {0, 0, 0, 0, 0, 5, 7};
+    return unstored[field];
 }
 
 // Whether codes of this layout have an amplitude; without one their scale is 1.
 static inline int rbe_field_has_scale(rbe_field field) { return field != RBE_FIELD_RBE8 && field != RBE_FIELD_RBE16S; }
 
 static inline int rbe_field_bits(rbe_field field) {
-    static const int bits[RBE_FIELD_COUNT] = {32, 22, 8, 16, 9};
+    static const int bits[RBE_FIELD_COUNT] = {32, 22, 8, 16, 9, 4, 2};
     return bits[field];
 }
 

@@ -17,7 +17,10 @@
 extern "C" {
 #endif
 
-enum { RBE_PLACES_AHEAD = 8 };
+enum {
+    RBE_PLACES_AHEAD = 8,
+    RBE_LANES = 64,  // rows of interleaved codes that stand side by side
+};
 
 // The stored codes of one row of a weight.
 typedef struct rbe_code_row {
@@ -26,7 +29,7 @@ typedef struct rbe_code_row {
     const int32_t *words;    // [count] interchange words, or
     const uint8_t *packed;   // the packed bytes
     const float *amplitude;  // [count] or NULL: replaces sign, amp and amp_fine
-    uint32_t seed, first;    // rbe9r, packed: the seed and c of code 0 (kernels/format.h)
+    uint32_t seed, first;    // seeded idx, packed: the seed and c of code 0 (kernels/format.h)
 } rbe_code_row;
 
 typedef struct rbe_kernels {
@@ -92,19 +95,39 @@ typedef struct rbe_kernels {
     // split into pieces first (rbe_split_size values of 16 bits; 3 pieces hold a float32), then gemm_split computes what gemm does from them.
     void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out);
     void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out);
+    // Products of pieces below the result's precision are left out: of 3 x 3 the three smallest, of 2 x 2 the product of the two second pieces.
+    // Pieces that would be subnormal are zero: of |a| or |b| below 1e-32 only the leading 16 bits count, below 1e-38 none.
     // A thread calls split_begin before its gemm_split calls and split_end after them.
     void (*split_begin)(void);
     void (*split_end)(void);
     void (*gemm_split)(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces, float *c,
                        int64_t c_row, bool accumulate);
 
-    // 8-bit lookups, both NULL where the ISA has none; avx512/lut8__avx512vbmi.c has the formulas and the trick.
-    // P [count][256] of at most 64 codes -> bytes and their factor; false if P is not finite.
-    bool (*lut8_quantise)(int64_t count, const float *p, uint8_t *table, float *factor);
+    // Lookups in tables of bytes, all NULL where the ISA has none; avx512/lut8__avx512vbmi.c has the formulas and the trick.
+    // P [count][256] of at most 64 codes -> bytes [count][planes][256] and their factor; false if P is not finite. planes: 1, or 3 for 24 bits.
+    bool (*lut8_quantise)(int64_t count, const float *p, int planes, uint8_t *table, float *factor);
     // y[t*y_token + i] += sum over q of the byte lookups; y has room for rows rounded up to 64. idx rows are idx_row apart; table is
-    // [tokens][count][256], factor [tokens][ceil(count/64)].
-    void (*lut8_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
+    // [tokens][count][planes][256], factor [tokens][ceil(count/64)].
+    void (*lut8_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, int planes, const uint8_t *table,
                       const float *factor, float *y, int64_t y_token);
+    // The same of interleaved codes, idx [ceil(rows / 64)][count][64].
+    void (*lut8_interleaved)(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
+                             const float *factor, float *y, int64_t y_token);
+
+    // 64 x 64 bytes: out[c*out_row + r] = in[r*in_row + c], or NULL.
+    void (*turn_bytes)(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);
+
+    // Products of digits, all NULL where there is no matrix unit for bytes; avx512/integer__avx512amx.c has the formulas and the shapes. Between
+    // split_begin and split_end. A step is 64 columns; x and W are [steps][2 or digits][...].
+    // x [tokens <= 16][cols] -> [steps][2][16][64] and unit [16], zeros for tokens that do not exist; false if x is not finite.
+    bool (*digits_of_tokens)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out);
+    // Interleaved codes [columns / g * stages][64] -> [steps][digits][4][16][16][4]; table [digits][stages][g][256]; g and columns are multiples of 4.
+    void (*digits_of_codes)(int64_t columns, int64_t stages, int64_t g, const uint8_t *idx, const int8_t *table, int digits, int8_t *out);
+    // y [16][64], rows of W in the order of the tiles, = or += the product of `steps`.
+    void (*digits_multiply)(int64_t steps, const int8_t *x, const int8_t *w, int digits, float step, float base, const float *unit, float *y,
+                            bool first);
+    // out[t][i] = y[t][where row i stands] * gain[i] + bias[i] for 64 rows
+    void (*digits_order)(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
 } rbe_kernels;
 
 static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }
@@ -144,9 +167,17 @@ void rbe_split_begin__avx512amx(void);
 void rbe_split_end__avx512amx(void);
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,
                                float *c, int64_t c_row, bool accumulate);
-bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor);
-void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
-                               const float *factor, float *y, int64_t y_token);
+bool rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out);
+void rbe_digits_of_codes__avx512amx(int64_t columns, int64_t stages, int64_t g, const uint8_t *idx, const int8_t *table, int digits, int8_t *out);
+void rbe_digits_multiply__avx512amx(int64_t steps, const int8_t *x, const int8_t *w, int digits, float step, float base, const float *unit,
+                                    float *y, bool first);
+void rbe_digits_order__avx512amx(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
+void rbe_turn_bytes__avx512vbmi(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);
+bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, int planes, uint8_t *table, float *factor);
+void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, int planes,
+                               const uint8_t *table, const float *factor, float *y, int64_t y_token);
+void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
+                                      const float *factor, float *y, int64_t y_token);
 
 #ifdef __cplusplus
 }

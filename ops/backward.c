@@ -75,16 +75,9 @@ static void sum_tokens(int64_t begin, int64_t end, void *context) {
     }
 }
 
-rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
-                               const rbe_parallel *threads, rbe_error *err) {
-    const rbe_kernels *kernels;
-    rbe_status status = rbe_choose_kernels(&kernels, err);
-    if (status == RBE_OK) status = check(w, dy, x, out, err);
-    if (status != RBE_OK) return status;
-    if (w->real == RBE_F64) {
-        rbe_reference_linear_backward(w, dy, x, out);
-        return RBE_OK;
-    }
+static rbe_status run(const rbe_kernels *kernels, const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
+                      const rbe_parallel *threads, rbe_error *err) {
+    rbe_status status = RBE_OK;
     const bool by_table = rbe_plan_backward(kernels, &w->layout, w->rows, w->cols, x->rows) == RBE_PATH_TABLE;
     const bool wants_d = out->scale || out->amplitude || (out->gain && by_table);  // decoded, dgain needs no D of each code
     const int64_t places = w->rows * rbe_codes_a_row(w), basis = w->layout.stages * (int64_t)RBE_BASIS_VECTORS * w->layout.group;
@@ -102,6 +95,24 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
     if (status == RBE_OK && out->bias) rbe_run(threads, (w->rows + 255) / 256, 1, sum_tokens, &f);
     if (status == RBE_OK && wants_d) rbe_run(threads, w->rows, 16, finish_rows, &f);
     if (status == RBE_OK && atomic_load(&backward.job.failed)) status = rbe_out_of_memory(err);
+    rbe_scratch_end(mark);
+    return status;
+}
+
+rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
+                               const rbe_parallel *threads, rbe_error *err) {
+    const rbe_kernels *kernels;
+    rbe_status status = rbe_choose_kernels(&kernels, err);
+    if (status == RBE_OK) status = check(w, dy, x, out, err);
+    if (status != RBE_OK) return status;
+    if (w->real == RBE_F64) {
+        rbe_reference_linear_backward(w, dy, x, out);
+        return RBE_OK;
+    }
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    rbe_weight rows;
+    status = rbe_as_packed(kernels, w, threads, &rows, err);
+    if (status == RBE_OK) status = run(kernels, &rows, dy, x, out, threads, err);
     rbe_scratch_end(mark);
     return status;
 }

@@ -11,7 +11,12 @@ static inline uint32_t squeeze(rbe_field field, uint32_t w) {
     switch (field) {
         case RBE_FIELD_RBE8: return rbe_word_idx(w);
         case RBE_FIELD_RBE16S: return (w & 255u) | rbe_word_idx(w) << 8;
-        case RBE_FIELD_RBE9R: return rbe_word_amp(w) | rbe_word_sign(w) << 8;
+        case RBE_FIELD_RBE9R:
+        case RBE_FIELD_RBE4R:
+        case RBE_FIELD_RBE2R: {
+            const int unstored = rbe_field_amp_unstored(field);
+            return rbe_word_amp(w) >> unstored | rbe_word_sign(w) << (8 - unstored);
+        }
         default: return w;
     }
 }
@@ -21,7 +26,11 @@ static inline uint32_t stretch(rbe_field field, uint32_t stored, uint32_t idx) {
         case RBE_FIELD_RBE8: return stored << RBE_IDX_SHIFT;
         case RBE_FIELD_RBE16S: return (stored & 255u) | (stored >> 8) << RBE_IDX_SHIFT;
         case RBE_FIELD_RBE9R:
-            return (stored & 255u) | (stored >> 8) << RBE_SIGN_SHIFT | idx << RBE_IDX_SHIFT | rbe_field_constant(RBE_FIELD_RBE9R);
+        case RBE_FIELD_RBE4R:
+        case RBE_FIELD_RBE2R: {
+            const int unstored = rbe_field_amp_unstored(field), amp = 8 - unstored;
+            return (stored & ((1u << amp) - 1u)) << unstored | (stored >> amp) << RBE_SIGN_SHIFT | idx << RBE_IDX_SHIFT | rbe_field_constant(field);
+        }
         default: return stored;
     }
 }
@@ -48,7 +57,7 @@ rbe_status rbe_check_shape(const rbe_weight *w, rbe_error *err) {
     if (w->groups > INT64_MAX / 64 / l->stages || w->rows > INT64_MAX / 64 / l->stages / w->groups)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: %lld rows of %lld groups of %d stages are more than can be addressed",
                         (long long)w->rows, (long long)w->groups, (int)l->stages);
-    if (l->field == RBE_FIELD_RBE9R && (w->row0 < 0 || w->k0 < 0 || w->groups_total < w->groups || w->k0 > w->groups_total - w->groups))
+    if (rbe_field_seeded(l->field) && (w->row0 < 0 || w->k0 < 0 || w->groups_total < w->groups || w->k0 > w->groups_total - w->groups))
         return rbe_fail(err, RBE_BAD_ARGUMENT,
                         "row0, k0: a shard of %lld groups that starts at row %lld, group %lld must lie inside the layer's %lld groups",
                         (long long)w->groups, (long long)w->row0, (long long)w->k0, (long long)w->groups_total);
@@ -83,7 +92,7 @@ static rbe_status check_words(const rbe_weight *w, rbe_error *err) {
                             (unsigned)words[q], (long long)row, (long long)(q / w->layout.stages), (long long)(q % w->layout.stages),
                             (int)w->layout.bits, (unsigned)fixed, (unsigned)constant);
         }
-        if (field == RBE_FIELD_RBE9R && wrong_idx(w, row, words, count)) {
+        if (rbe_field_seeded(field) && wrong_idx(w, row, words, count)) {
             int64_t q = 0;
             while (rbe_word_idx((uint32_t)words[q]) == seeded(w, row, q)) ++q;
             return rbe_fail(err, RBE_BAD_ARGUMENT,
@@ -115,9 +124,13 @@ rbe_status rbe_check_codes(const rbe_weight *w, rbe_error *err) {
     if (!w) return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: is NULL");
     rbe_status status = rbe_check_shape(w, err);
     if (status != RBE_OK) return status;
-    if (!w->words == !w->packed)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: exactly one of words and packed must be given, not %s",
-                        w->words ? "both" : "neither");
+    const int given = !!w->words + !!w->packed + !!w->interleaved;
+    if (given != 1) return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: must be given in exactly one form, words, packed or interleaved, not in %d", given);
+    if (w->interleaved) {
+        if (w->layout.field == RBE_FIELD_RBE8) return RBE_OK;
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: are interleaved, but only codes of one byte (rbe8) can be, not of %d bits",
+                        (int)w->layout.bits);
+    }
     return w->words ? check_words(w, err) : check_packed(w, err);
 }
 
@@ -139,7 +152,7 @@ static inline void unpack_row(rbe_field field, int bits, const rbe_weight *w, in
     int have = 0;
     for (int64_t q = 0; q < count; ++q, pending >>= bits, have -= bits) {
         for (; have < bits; have += 8) pending |= (uint64_t)*in++ << have;
-        words[q] = (int32_t)stretch(field, (uint32_t)(pending & mask), field == RBE_FIELD_RBE9R ? seeded(w, row, q) : 0);
+        words[q] = (int32_t)stretch(field, (uint32_t)(pending & mask), rbe_field_seeded(field) ? seeded(w, row, q) : 0);
     }
 }
 
@@ -147,7 +160,7 @@ rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err) {
     rbe_status status = rbe_check_codes(w, err);
     if (status != RBE_OK) return status;
     if (!w->words || !packed)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "%s", w->words ? "packed: is NULL" : "codes: pack takes words, not packed bytes");
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "%s", w->words ? "packed: is NULL" : "codes: pack takes words, not bytes");
     const int64_t count = w->groups * w->layout.stages, bytes = rbe_packed_row_bytes(&w->layout, w->groups);
     for (int64_t row = 0; row < w->rows; ++row) {
         const int32_t *words = w->words + row * count;
@@ -157,7 +170,9 @@ rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err) {
             case RBE_FIELD_RBE22: pack_row(RBE_FIELD_RBE22, 22, words, count, out); break;
             case RBE_FIELD_RBE8: pack_row(RBE_FIELD_RBE8, 8, words, count, out); break;
             case RBE_FIELD_RBE16S: pack_row(RBE_FIELD_RBE16S, 16, words, count, out); break;
-            default: pack_row(RBE_FIELD_RBE9R, 9, words, count, out); break;
+            case RBE_FIELD_RBE9R: pack_row(RBE_FIELD_RBE9R, 9, words, count, out); break;
+            case RBE_FIELD_RBE4R: pack_row(RBE_FIELD_RBE4R, 4, words, count, out); break;
+            default: pack_row(RBE_FIELD_RBE2R, 2, words, count, out); break;
         }
     }
     return RBE_OK;
@@ -177,7 +192,9 @@ rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err) {
             case RBE_FIELD_RBE22: unpack_row(RBE_FIELD_RBE22, 22, w, row, in, count, out); break;
             case RBE_FIELD_RBE8: unpack_row(RBE_FIELD_RBE8, 8, w, row, in, count, out); break;
             case RBE_FIELD_RBE16S: unpack_row(RBE_FIELD_RBE16S, 16, w, row, in, count, out); break;
-            default: unpack_row(RBE_FIELD_RBE9R, 9, w, row, in, count, out); break;
+            case RBE_FIELD_RBE9R: unpack_row(RBE_FIELD_RBE9R, 9, w, row, in, count, out); break;
+            case RBE_FIELD_RBE4R: unpack_row(RBE_FIELD_RBE4R, 4, w, row, in, count, out); break;
+            default: unpack_row(RBE_FIELD_RBE2R, 2, w, row, in, count, out); break;
         }
     }
     return RBE_OK;

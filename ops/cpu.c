@@ -16,9 +16,9 @@ static bool has_f16c(void) {  // clang's __builtin_cpu_supports does not know it
 
 // AMX has 8 kB of registers a thread, which Linux saves only for processes that asked.
 static bool amx_granted(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_TILE_DATA = 18, BF16_TILES = 1 << 22, TILES = 1 << 24, BF16_VECTORS = 1 << 5 };
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_TILE_DATA = 18, BF16_TILES = 1 << 22, TILES = 1 << 24, BYTE_TILES = 1 << 25, BF16_VECTORS = 1 << 5 };
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16_TILES) || !(d & TILES)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16_TILES) || !(d & TILES) || !(d & BYTE_TILES)) return false;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & BF16_VECTORS)) return false;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
 }

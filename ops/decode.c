@@ -31,8 +31,15 @@ rbe_status rbe_decode(const rbe_weight *w, void *dense, const rbe_parallel *thre
         rbe_reference_decode(w, dense);
         return RBE_OK;
     }
-    rbe_job job = {.kernels = kernels, .w = w, .threads = threads};
-    pass s = {&job, dense};
-    rbe_run(threads, w->rows, 16, decode_rows, &s);
-    return atomic_load(&job.failed) ? rbe_out_of_memory(err) : RBE_OK;
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    rbe_weight rows;
+    status = rbe_as_packed(kernels, w, threads, &rows, err);
+    if (status == RBE_OK) {
+        rbe_job job = {.kernels = kernels, .w = &rows, .threads = threads};
+        pass s = {&job, dense};
+        rbe_run(threads, w->rows, 16, decode_rows, &s);
+        if (atomic_load(&job.failed)) status = rbe_out_of_memory(err);
+    }
+    rbe_scratch_end(mark);
+    return status;
 }

@@ -25,10 +25,13 @@ static const rbe_kernels avx2 = TABLE(avx2, 8);
 #ifdef RBE_HAVE_AVX512
 static const rbe_kernels avx512 = TABLE(avx512, 16);
 static const rbe_kernels avx512vbmi = {
-    .isa = "avx512", .name = "avx512vbmi", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi};
+    .isa = "avx512", .name = "avx512vbmi", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi,
+    .lut8_interleaved = rbe_lut8_interleaved__avx512vbmi, .turn_bytes = rbe_turn_bytes__avx512vbmi};
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
                                       .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
-                                      .split_begin = rbe_split_begin__avx512amx, .split_end = rbe_split_end__avx512amx};
+                                      .split_begin = rbe_split_begin__avx512amx, .split_end = rbe_split_end__avx512amx,
+                                      .digits_of_tokens = rbe_digits_of_tokens__avx512amx, .digits_of_codes = rbe_digits_of_codes__avx512amx,
+                                      .digits_multiply = rbe_digits_multiply__avx512amx, .digits_order = rbe_digits_order__avx512amx};
 #endif
 #ifdef RBE_HAVE_NEON
 static const rbe_kernels neon = TABLE(neon, 4);
@@ -115,6 +118,11 @@ rbe_status rbe_choose_kernels(const rbe_kernels **kernels, rbe_error *err) {
     if (*kernels) return RBE_OK;
     return rbe_fail(err, RBE_BAD_ARGUMENT, "RBE_ISA: is '%.64s', but must be unset or one of %s", getenv("RBE_ISA") ? getenv("RBE_ISA") : "",
                     names);
+}
+
+bool rbe_reads_interleaved(void) {
+    const rbe_kernels *kernels;
+    return rbe_choose_kernels(&kernels, NULL) == RBE_OK && kernels->lut8_interleaved;
 }
 
 const char *rbe_isa_name(void) {

@@ -7,7 +7,7 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     rbe_encoder *s = context;
     const rbe_weight *w = s->w;
     const int64_t g = w->layout.group, stages = w->layout.stages;
-    const bool seeded = w->layout.field == RBE_FIELD_RBE9R;
+    const bool seeded = rbe_field_seeded(w->layout.field);
     const rbe_scratch_mark mark = rbe_scratch_begin();
     double *v = rbe_scratch_take(g, sizeof *v);
     float *v32 = rbe_scratch_take(g, sizeof *v32), *buffer = rbe_scratch_take((2 * RBE_ENCODE_BEAM + 1) * g, sizeof *buffer);

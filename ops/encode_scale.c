@@ -1,4 +1,4 @@
-// Nearest representable scale. rbe22 and rbe9r: a sorted list of all their values. rbe32 has 16.7 million: its 8192 cells (curve, amp), each a
+// Nearest representable scale. All but rbe32: a sorted list of all their values. rbe32 has 16.7 million: its 8192 cells (curve, amp), each a
 // monotone run of 1024 values, are bounded first and searched only where a nearer value can be.
 #include "encode_scale.h"
 
@@ -8,8 +8,10 @@
 
 enum { CELLS = RBE_CURVES * 256, LAST_FINE = 1023, COARSE = 2 * CELLS, EXP_COARSE = 2 * 256 };
 
-static rbe_nearest coarse[COARSE], coarse_exp[EXP_COARSE];
-static int coarse_count, coarse_exp_count;
+enum { SEEDED = RBE_FIELD_COUNT - RBE_FIELD_RBE9R };  // layouts ending in r: the values of one curve, or some of them
+
+static rbe_nearest coarse[COARSE], seeded[SEEDED][EXP_COARSE];
+static int coarse_count, seeded_count[SEEDED];
 static float cell_low[CELLS], cell_high[CELLS];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -48,11 +50,15 @@ static void build(void) {
         for (uint32_t sign = 0; sign < 2; ++sign) {
             const rbe_nearest entry = {sign ? -first : first, cell_word(cell) | sign << RBE_SIGN_SHIFT};
             coarse[2 * cell + (int)sign] = entry;
-            if (cell / 256 == RBE_CURVE_EXP) coarse_exp[2 * (cell % 256) + (int)sign] = entry;
+            for (int s = 0; s < SEEDED; ++s) {
+                const rbe_field field = (rbe_field)(RBE_FIELD_RBE9R + s);
+                const uint32_t constant = rbe_field_constant(field), fixed = ~rbe_field_mask(field) | constant;
+                if (((entry.word ^ constant) & fixed) == 0) seeded[s][seeded_count[s]++] = entry;
+            }
         }
     }
     coarse_count = sort_unique(coarse, COARSE);
-    coarse_exp_count = sort_unique(coarse_exp, EXP_COARSE);
+    for (int s = 0; s < SEEDED; ++s) seeded_count[s] = sort_unique(seeded[s], seeded_count[s]);
 }
 
 static void keep_nearer(rbe_nearest *best, double *distance, rbe_nearest candidate, double target) {
@@ -118,5 +124,6 @@ static rbe_nearest in_cells(double target) {
 rbe_nearest rbe_nearest_scale(rbe_field field, double target) {
     pthread_once(&once, build);
     if (field == RBE_FIELD_RBE32) return in_cells(target);
-    return field == RBE_FIELD_RBE9R ? in_list(coarse_exp, coarse_exp_count, target) : in_list(coarse, coarse_count, target);
+    const int s = (int)field - RBE_FIELD_RBE9R;
+    return s >= 0 ? in_list(seeded[s], seeded_count[s], target) : in_list(coarse, coarse_count, target);
 }

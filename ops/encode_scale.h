@@ -9,7 +9,7 @@ typedef struct rbe_nearest {
     uint32_t word;  // all fields but idx
 } rbe_nearest;
 
-// field: rbe32, rbe22 or rbe9r. target must be finite. Thread-safe.
+// field: one whose codes have a scale. target must be finite. Thread-safe.
 rbe_nearest rbe_nearest_scale(rbe_field field, double target);
 
 #endif

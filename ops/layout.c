@@ -14,6 +14,7 @@ static const struct {
 } fields[] = {
     {"rbe32", RBE_FIELD_RBE32},   {"rbe22", RBE_FIELD_RBE22}, {"rbe8", RBE_FIELD_RBE8},
     {"rbe16s", RBE_FIELD_RBE16S}, {"rbe9r", RBE_FIELD_RBE9R},
+    {"rbe4r", RBE_FIELD_RBE4R},   {"rbe2r", RBE_FIELD_RBE2R},
 };
 
 typedef struct cursor {
@@ -91,7 +92,7 @@ rbe_status rbe_layout_parse(const char *text, size_t length, rbe_layout *out, rb
     }
     if (!known)
         return rbe_fail(err, RBE_BAD_ARGUMENT,
-                        "layout: '%.*s' must be <fields>[x<stages>]_g<group>[+residual] with fields rbe32, rbe22, rbe8, rbe16s or rbe9r, "
+                        "layout: '%.*s' must be <fields>[x<stages>]_g<group>[+residual] with fields rbe32, rbe22, rbe8, rbe16s, rbe9r, rbe4r or rbe2r, "
                         "for example rbe22_g64 or rbe8x2_g8+int8",
                         shown, text);
     layout.bits = rbe_field_bits(layout.field);

@@ -3,21 +3,28 @@
 #include "../kernels/reference/reference.h"
 #include "product.h"
 
-static rbe_status run(rbe_job *job, rbe_error *err) {
-    const rbe_weight *w = job->w;
-    switch (rbe_plan_linear(job->kernels, &w->layout, w->rows, w->cols, job->x->rows, job->fast, w->packed != NULL)) {
-        case RBE_PATH_TABLE: return rbe_linear_table(job, err);
-        case RBE_PATH_TABLE_TOKEN: return rbe_linear_token(job, err);
-        case RBE_PATH_LUT8: return rbe_linear_lut8(job, err);
-        case RBE_PATH_DECODE_DOT: return rbe_linear_decode(job, true, err);
-        default: return rbe_linear_decode(job, false, err);
-    }
+static rbe_path plan(const rbe_job *job, rbe_form form) {
+    return rbe_plan_linear(job->kernels, &job->w->layout, job->w->rows, job->w->cols, job->x->rows, job->fast, form);
 }
 
-rbe_status rbe_linear_exact(rbe_job *job, rbe_error *err) {
-    job->fast = false;
-    return run(job, err);
+static rbe_status run_floats(rbe_job *job, rbe_path path, rbe_error *err) {
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    rbe_weight rows;
+    rbe_status status = rbe_as_packed(job->kernels, job->w, job->threads, &rows, err);
+    job->w = &rows;
+    if (status == RBE_OK) {
+        switch (path) {
+            case RBE_PATH_TABLE: status = rbe_linear_table(job, err); break;
+            case RBE_PATH_TABLE_TOKEN: status = rbe_linear_token(job, err); break;
+            case RBE_PATH_DECODE_DOT: status = rbe_linear_decode(job, true, err); break;
+            default: status = rbe_linear_decode(job, false, err);
+        }
+    }
+    rbe_scratch_end(mark);
+    return status;
 }
+
+rbe_status rbe_linear_floats(rbe_job *job, rbe_error *err) { return run_floats(job, plan(job, RBE_FORM_WORDS), err); }
 
 rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias, const rbe_matrix *y, rbe_accuracy accuracy,
                       const rbe_parallel *threads, rbe_error *err) {
@@ -36,6 +43,8 @@ rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias
         return RBE_OK;
     }
     rbe_job job = {.kernels = kernels, .w = w, .x = x, .y = y, .bias = bias, .threads = threads};
-    job.fast = accuracy == RBE_ACCURACY_FAST || (accuracy == RBE_ACCURACY_AUTO && x->dtype != RBE_F32);
-    return run(&job, err);
+    job.fast = rbe_is_fast(accuracy, x->dtype);
+    const rbe_path path = plan(&job, w->interleaved ? RBE_FORM_INTERLEAVED : w->packed ? RBE_FORM_PACKED : RBE_FORM_WORDS);
+    if (path == RBE_PATH_LUT8) return rbe_linear_lut8(&job, err);
+    return path == RBE_PATH_DIGITS ? rbe_linear_digits(&job, err) : run_floats(&job, path, err);
 }

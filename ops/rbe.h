@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-typedef enum rbe_status { RBE_OK, RBE_BAD_ARGUMENT, RBE_OUT_OF_MEMORY } rbe_status;
+typedef enum rbe_status { RBE_OK, RBE_BAD_ARGUMENT, RBE_OUT_OF_MEMORY, RBE_DEVICE_FAILED } rbe_status;
 typedef struct rbe_error { char text[512]; } rbe_error;
 
 // Formats the sentence and returns the status, so that a check reads `return rbe_fail(err, RBE_BAD_ARGUMENT, "x: ...", ...)`.
@@ -56,7 +56,9 @@ typedef struct rbe_residual {
     const float *right_scale;  //                          | [r]           |
 } rbe_residual;
 
-// One layer's weight, or a shard of it. Exactly one of words and packed is set. `real` is the type of basis, gain and amplitude:
+enum { RBE_INTERLEAVED_ROWS = 64 };
+
+// One layer's weight, or a shard of it. Exactly one of words, packed and interleaved is set. `real` is the type of basis, gain and amplitude:
 // RBE_F32, or RBE_F64 for the reference path. All contiguous but for the stride between packed rows.
 typedef struct rbe_weight {
     rbe_layout layout;
@@ -66,6 +68,7 @@ typedef struct rbe_weight {
     const int32_t *words;             // interchange [m, K, M]
     const uint8_t *packed;            // [m, ceil(K*M*bits/8)]
     int64_t packed_stride;            // bytes
+    const uint8_t *interleaved;       // rbe8 alone: [ceil(m / 64)][K*M][64], rows that do not exist are zero
     rbe_dtype real;
     const void *basis;                // [M, 256, g]
     const void *gain;                 // [m], finite
@@ -134,13 +137,20 @@ rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err);    //
 rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err);   // from w->packed
 static inline int64_t rbe_packed_row_bytes(const rbe_layout *l, int64_t groups) { return (groups * l->stages * l->bits + 7) / 8; }
 
+// Packed rows of rbe8, `stride` bytes apart and `count` = K*M long, <-> interleaved; a packed result is dense.
+rbe_status rbe_interleave(const uint8_t *packed, int64_t stride, int64_t rows, int64_t count, uint8_t *interleaved, rbe_error *err);
+rbe_status rbe_deinterleave(const uint8_t *interleaved, int64_t rows, int64_t count, uint8_t *packed, rbe_error *err);
+static inline int64_t rbe_interleaved_tiles(int64_t rows) { return (rows - 1) / RBE_INTERLEAVED_ROWS + 1; }
+
 // Refuses words with bits outside the layout (or an idx the seed does not give) and padding bits that are not zero.
 rbe_status rbe_check_codes(const rbe_weight *w, rbe_error *err);
 
 // ---- which kernels ----------------------------------------------------------------------------------------------------------
 const char *rbe_isa_name(void);  // "scalar", "avx2", "avx512", "neon": the best the host has, lowered by RBE_ISA
+bool rbe_reads_interleaved(void);  // whether the host has kernels that gain by interleaved codes
 // One line saying which kernel a product of this shape takes, for show_config(). Returns the length written.
-int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_accuracy accuracy, char *text, size_t size);
+int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_dtype x, rbe_accuracy accuracy, char *text,
+                        size_t size);
 
 #ifdef __cplusplus
 }

@@ -11,7 +11,7 @@
 #endif
 
 enum { ALIGNMENT = 64, HUGE_PAGE = 2 << 20 };
-static const size_t RETAINED = (size_t)256 << 20;
+static const size_t RETAINED = (size_t)64 << 20;
 
 typedef struct spill {
     struct spill *below;

@@ -56,11 +56,23 @@ def isa() -> str:
     return _library.rbe_torch_isa().decode()
 
 
-def describe_linear(layout: str, out_features: int, in_features: int, tokens: int, accuracy: str = "auto") -> str:
-    """The kernel that a product of this shape takes, in words."""
+def reads_interleaved() -> bool:
+    """Whether the CPU kernels in use gain by interleaved codes (``docs/format.md``)."""
+    return bool(_library.rbe_torch_reads_interleaved())
+
+
+def describe_linear(layout: str, out_features: int, in_features: int, tokens: int, dtype: torch.dtype = torch.float32,
+                    accuracy: str = "auto") -> str:
+    """The kernel that a product of packed codes with x [tokens, in_features] of this dtype takes, in words."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of rbe_dtype
+    if dtype not in dtypes:
+        raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, dtypes))}")
+    if dtype == torch.float64:
+        return "reference, float64"
     text = ctypes.create_string_buffer(_MESSAGE_BYTES)
     _library.rbe_torch_describe_linear(
         layout.encode(), ctypes.c_int64(out_features), ctypes.c_int64(in_features), ctypes.c_int64(tokens),
+        ctypes.c_int(dtypes.index(dtype)),
         ctypes.c_int(("auto", "exact", "fast").index(accuracy)), text, ctypes.c_size_t(_MESSAGE_BYTES),
     )  # fmt: skip
     return text.value.decode()
@@ -77,7 +89,7 @@ def _same_device(**tensors: torch.Tensor | None) -> None:
 def _fake_linear(x, codes, basis, gain, bias=None, amplitude=None, residual=None, residual_scale=None, residual_right=None,
                  residual_right_scale=None, **_):  # fmt: skip
     _same_device(x=x, codes=codes, basis=basis, gain=gain, bias=bias, amplitude=amplitude, residual=residual)
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+    return x.new_empty(*x.shape[:-1], gain.shape[0])
 
 
 def _fake_linear_backward(dy, x, codes, basis, gain, bias=None, amplitude=None, residual=None, residual_scale=None, residual_right=None,
@@ -97,15 +109,21 @@ def _columns(groups, *, layout, in_features, k0=0):
     return torch.sym_min(groups * group, in_features - k0 * group)
 
 
-def _groups(codes, layout):
+def _groups(codes, layout, in_features, k0):
+    """K of a shard: of words, or of packed bytes, whose padding could hold codes of a few bits that are not meant."""
     parsed = Layout.parse(layout)
-    return codes.shape[1] if codes.dtype == torch.int32 else codes.shape[1] * 8 // (parsed.bits * parsed.stages)
+    if codes.dtype == torch.int32:
+        return codes.shape[1]
+    if codes.dim() == 3:  # interleaved
+        return codes.shape[1] // parsed.stages
+    held = codes.shape[1] * 8 // (parsed.bits * parsed.stages)
+    return held if parsed.bits * parsed.stages >= 8 else torch.sym_min(held, parsed.groups(in_features) - k0)
 
 
 def _fake_decode(codes, basis, gain, amplitude=None, residual=None, residual_scale=None, residual_right=None, residual_right_scale=None, *,
                  layout, in_features, k0=0, **_):  # fmt: skip
     real = torch.float64 if basis.dtype == torch.float64 else torch.float32
-    return basis.new_empty(codes.shape[0], _columns(_groups(codes, layout), layout=layout, in_features=in_features, k0=k0), dtype=real)
+    return basis.new_empty(gain.shape[0], _columns(_groups(codes, layout, in_features, k0), layout=layout, in_features=in_features, k0=k0), dtype=real)
 
 
 def _fake_decode_backward(gradient, codes, basis, gain, **_):
@@ -126,26 +144,34 @@ def _fake_pack(codes, *, layout, **_):
     return codes.new_empty(codes.shape[0], (codes.shape[1] * parsed.stages * parsed.bits + 7) // 8, dtype=torch.uint8)
 
 
-def _fake_unpack(packed, *, layout, **_):
-    return packed.new_empty(packed.shape[0], _groups(packed, layout), Layout.parse(layout).stages, dtype=torch.int32)
+def _fake_unpack(packed, *, layout, in_features, k0=0, **_):
+    return packed.new_empty(packed.shape[0], _groups(packed, layout, in_features, k0), Layout.parse(layout).stages, dtype=torch.int32)
+
+
+def _fake_interleave(packed):
+    return packed.new_empty((packed.shape[0] + 63) // 64, packed.shape[1], 64)
+
+
+def _fake_deinterleave(codes, rows):
+    return codes.new_empty(rows, codes.shape[1])
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------------------
-def _flops(x_shape, codes_shape, basis_shape, layout, passes: tuple[int, int]) -> int:
+def _flops(x_shape, basis_shape, gain_shape, layout, passes: tuple[int, int]) -> int:
     """Multiply-adds count twice. passes: how often the table (256 n T) and the gather (m K M T) are walked; rbe16s decodes: m n T each."""
-    tokens, m, n = math.prod(x_shape[:-1]), codes_shape[0], x_shape[-1]
+    tokens, m, n = math.prod(x_shape[:-1]), gain_shape[0], x_shape[-1]
     stages, _, group = basis_shape
     if layout.startswith("rbe16s"):
         return 2 * tokens * m * n * passes[1]
     return 2 * tokens * stages * (passes[0] * 256 * n + passes[1] * m * -(-n // group))
 
 
-def _linear_flops(x_shape, codes_shape, basis_shape, *args, layout, out_shape=None, **keywords) -> int:
-    return _flops(x_shape, codes_shape, basis_shape, layout, passes=(1, 1))
+def _linear_flops(x_shape, codes_shape, basis_shape, gain_shape, *args, layout, out_shape=None, **keywords) -> int:
+    return _flops(x_shape, basis_shape, gain_shape, layout, passes=(1, 1))
 
 
-def _linear_backward_flops(dy_shape, x_shape, codes_shape, basis_shape, *args, layout, out_shape=None, **keywords) -> int:
-    return _flops(x_shape, codes_shape, basis_shape, layout, passes=(3, 2))
+def _linear_backward_flops(dy_shape, x_shape, codes_shape, basis_shape, gain_shape, *args, layout, out_shape=None, **keywords) -> int:
+    return _flops(x_shape, basis_shape, gain_shape, layout, passes=(3, 2))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------------------
@@ -341,7 +367,8 @@ def _register_all() -> torch.library.Library:
             library.impl(name, kernel, f"Autocast{device.upper()}")
     for name, fake in {
         "linear": _fake_linear, "linear_inference": _fake_linear, "linear_backward": _fake_linear_backward, "decode": _fake_decode,
-        "decode_backward": _fake_decode_backward, "encode": _fake_encode, "encode_calibrated": _fake_encode_calibrated, "pack": _fake_pack, "unpack": _fake_unpack,
+        "decode_backward": _fake_decode_backward, "encode": _fake_encode, "encode_calibrated": _fake_encode_calibrated, "pack": _fake_pack,
+        "unpack": _fake_unpack, "interleave": _fake_interleave, "deinterleave": _fake_deinterleave,
     }.items():  # fmt: skip
         torch.library.register_fake(f"rbe::{name}", fake, lib=library)
     flop_counter.register_flop_formula([_ops.linear, _ops.linear_inference])(_linear_flops)

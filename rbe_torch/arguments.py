@@ -12,13 +12,13 @@ from .layout import Layout
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def positive(name: str, value: int) -> int:
-    """An int of at least 1."""
+def size(name: str, value: int) -> int:
+    """A number of rows or columns: 1 .. 2^31 - 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: is {value!r}, must be an int")
     value = value.__index__()
-    if value < 1:
-        raise ValueError(f"{name}: is {value}, must be at least 1")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name}: is {value}, must be 1 .. 2^31 - 1")
     return value
 
 

@@ -121,6 +121,23 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--to", choices=("dense", "pt2"), required=True, help="dense: a plain transformers directory. pt2: not available in this version")
     entry.add_argument("--out", metavar="DIR", help="default: PATH-dense")
     entry.add_argument("--force", action="store_true", help="write into DIR although it is not empty")
+
+    entry = command("train-hbbert", "train a hyperbolic BERT on (child, parent) pairs", "rbe train-hbbert --data pairs.tsv --out out/hierarchy --layout rbe8x2_g8")
+    entry.add_argument("--data", metavar="FILE|DIR", required=True, help="lines of child<TAB>parent, or a directory whose *.tsv files have them")
+    entry.add_argument("--out", metavar="OUT", required=True, help="directory to write; an interrupted run in it goes on")
+    entry.add_argument("--model", default="minilm", metavar="MODEL", help="a BERT directory, dense or compressed; default the packaged MiniLM")
+    entry.add_argument("--layout", type=_layout, metavar="L", help="compress the linear layers to this layout and train the codes; default dense")
+    entry.add_argument("--manifold", choices=("lorentz", "poincare"), default="lorentz")
+    entry.add_argument("--mode", choices=("inner", "output"), default="inner", help="inner: hyperbolic layers (default); output: BERT's mean as a point")
+    entry.add_argument("--curvature", type=_curvature, metavar="C", help="c >= 0 of the curvature -c; default 1 / hidden size; 0 is Euclidean")
+    entry.add_argument("--learn-curvature", action="store_true", help="train the curvature too")
+    entry.add_argument("--task", choices=("multi", "mixed"), default="multi", help="test on indirect pairs (default), or on held-out direct ones too")
+    entry.add_argument("--steps", type=_count, default=1000, help="default 1000")
+    entry.add_argument("--batch", type=_count, default=32, help="pairs a step, default 32")
+    entry.add_argument("--lr", type=_positive, default=1e-4, help="default 1e-4")
+    entry.add_argument("--seed", type=_seed, default=0)
+    entry.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
+    json_option(entry)
     return parser
 
 
@@ -135,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import commands
 
     try:
-        getattr(commands, f"run_{options.command}")(options)
+        getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
         sys.stdout.flush()
         return 0
     except UsageError as error:
@@ -204,6 +221,16 @@ def _megabytes(text: str) -> float:
         value = 0.0
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+def _curvature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0")
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _ops
 from .layout import Layout
 
 SIGN_BIT = 1 << 9
@@ -26,16 +27,27 @@ def amplitude_of(words: Tensor) -> Tensor:
 
 
 def with_amplitude(words: Tensor, amplitude: Tensor, layout: Layout) -> Tensor:
-    """int32 words whose sign, amp and amp_fine are those of `amplitude` rounded half up to the layout's bits."""
+    """int32 words whose sign, amp and amp_fine are those of `amplitude` rounded half up to the layout's bits, or in the middle of its cell (rbe4r, rbe2r)."""
     u = amplitude.detach().to(torch.float64).abs().clamp(max=U_MAX)
     if layout.fields == "rbe32":
         step = (u * 2**18 + 0.5).floor().to(torch.int64).clamp(max=2**18 - 1)
         amp, fine = step >> 10, step & 1023
+    elif layout.amp_unstored:
+        amp, fine = (u * 2**8).floor().to(torch.int64) >> layout.amp_unstored << layout.amp_unstored | 1 << layout.amp_unstored - 1, 0
     else:
         amp, fine = (u * 256 + 0.5).floor().to(torch.int64).clamp(max=255), 0
     kept = words.to(torch.int64) & (255 << IDX_SHIFT | 15 << 18 | 1 << 8)
     word = kept | amp | fine << 22 | (amplitude < 0).to(torch.int64) * SIGN_BIT
     return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def second_moment(words: Tensor, layout: Layout) -> float:
+    """Mean of scale^2 of words on the curve that random_words takes; 1 where codes have no scale."""
+    if not layout.has_amplitude:
+        return 1.0
+    u = amplitude_of(words).abs()
+    scale = 2 * u.sinh() if layout.amp_unstored else (2 * u).expm1()
+    return float(scale.square().mean())
 
 
 def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch.Generator | None = None) -> Tensor:
@@ -52,5 +64,23 @@ def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch
     if not layout.has_amplitude:
         return words
     scale = torch.randn(shape, dtype=torch.float32, **drawn)
+    if layout.amp_unstored:
+        return with_amplitude(words, (scale / 2).asinh(), layout)  # their curve is 2 sinh(u)
     amplitude = scale.sign() * scale.abs().log1p() / 2  # exp(2u) - 1 = |scale|
     return with_amplitude(words | CURVE_EXP, amplitude, layout)
+
+
+def is_interleaved(codes: Tensor | None) -> bool:
+    """Whether these are interleaved codes of one byte, uint8 [ceil(m/64), K*M, 64]: docs/format.md."""
+    return codes is not None and codes.dtype == torch.uint8 and codes.dim() == 3
+
+
+def for_kernels(codes: Tensor | None, rows: int, layout: Layout) -> Tensor | None:
+    """Packed or interleaved codes in whichever of the two forms the kernels of their device read best; rows are padded by a tenth at most."""
+    if codes is None or codes.is_meta:
+        return codes
+    padded = -(-rows // 64) * 64
+    gains = layout.fields == "rbe8" and not layout.residual and codes.device.type == "cpu" and 10 * padded <= 11 * rows and _ops.reads_interleaved()
+    if gains == is_interleaved(codes):
+        return codes
+    return torch.ops.rbe.interleave(codes) if gains else torch.ops.rbe.deinterleave(codes, rows)

@@ -320,6 +320,20 @@ def run_export(options: argparse.Namespace) -> None:
     print(f"{target}: {_mb(directory_bytes(target))}, dense")
 
 
+def run_train_hbbert(options: argparse.Namespace) -> None:
+    from .hyperbolic.command import run
+
+    facts = run(options)
+    if options.json:
+        _print_json(facts)
+        return
+    _print_table(("wrong parents", "validation F1", "test F1"),
+                 [(kind, f"{row['validation_f1']:.3f}", f"{row['test_f1']:.3f}") for kind, row in facts["f1"].items()])
+    print(f"{facts['entities']} entities, trained on {facts['trained_on']} direct pairs for {facts['steps']} steps, tested on {facts['tested_on']} held-out pairs "
+          f"with 10 wrong parents each; loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}, curvature -{facts['curvature']:.4g}")
+    print(f"{facts['out']}: model, tokenizer and the rule that accepts a pair (hierarchy.json)")
+
+
 _WEIGHT_TENSORS = ("packed", "gain", "residual", "residual_scale", "residual_right", "residual_right_scale")
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from . import __version__, _ops
+from .arguments import size
+from .layout import Layout
 
-# (layout, out_features, in_features, tokens) of the products whose kernels are shown
-_SHAPES = (
-    ("rbe22_g64", 4096, 4096, 512),
-    ("rbe9r_g16", 4096, 4096, 512),
-    ("rbe8x2_g8", 4096, 4096, 512),
-    ("rbe8x2_g8", 4096, 4096, 1),
-    ("rbe16s_g8", 4096, 4096, 1),
+#: (layout, out_features, in_features, tokens, dtype of x) of the products whose kernels are shown
+SHAPES = (
+    ("rbe22_g64", 4096, 4096, 512, torch.float32),
+    ("rbe9r_g16", 4096, 4096, 512, torch.float32),
+    ("rbe8x2_g8", 4096, 4096, 512, torch.float32),
+    ("rbe8x2_g8", 4096, 4096, 1, torch.float32),
+    ("rbe8x2_g8", 4096, 4096, 1, torch.bfloat16),
+    ("rbe16s_g8", 4096, 4096, 1, torch.float32),
 )
 
 
@@ -33,8 +37,11 @@ class Config(dict):
         return "\n".join(lines)
 
 
-def show_config() -> Config:
-    """The configuration as a dict; `print(rbe_torch.show_config())` prints it in lines."""
+def show_config(shapes: Iterable[tuple[str, int, int, int, torch.dtype]] = SHAPES) -> Config:
+    """The configuration as a dict; `print(rbe_torch.show_config())` prints it in lines.
+
+    shapes: (layout, out_features, in_features, tokens, dtype of x) of the products whose kernels to name; they are those of accuracy="auto".
+    """
     cuda: Any = "not available"
     if torch.cuda.is_available():
         cuda = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
@@ -47,7 +54,8 @@ def show_config() -> Config:
         "threads": torch.get_num_threads(),
         "cuda": cuda,
         "kernels": {
-            f"{layout} {m}x{n}, {tokens} token{'' if tokens == 1 else 's'}": _ops.describe_linear(layout, m, n, tokens)
-            for layout, m, n, tokens in _SHAPES
+            f"{layout} {m}x{n}, {tokens} token{'' if tokens == 1 else 's'} of {str(dtype).removeprefix('torch.')}":
+                _ops.describe_linear(str(Layout.parse(layout)), size("out_features", m), size("in_features", n), size("tokens", tokens), dtype)
+            for layout, m, n, tokens, dtype in shapes
         },
     })

@@ -11,7 +11,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-FIELD_BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9}
+FIELD_BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9, "rbe4r": 4, "rbe2r": 2}
 BASIS_VECTORS = 256
 MAX_STAGES = 16
 MAX_GROUP = 65536
@@ -19,7 +19,7 @@ MAX_RANK = 65535
 
 _NUMBER = r"[1-9][0-9]*"
 _PATTERN = re.compile(
-    rf"(?P<fields>rbe32|rbe22|rbe8|rbe16s|rbe9r)(?:x(?P<stages>{_NUMBER}))?_g(?P<group>{_NUMBER})"
+    rf"(?P<fields>rbe32|rbe22|rbe8|rbe16s|rbe9r|rbe4r|rbe2r)(?:x(?P<stages>{_NUMBER}))?_g(?P<group>{_NUMBER})"
     rf"(?:\+(?P<residual>int8|fp8|lr(?P<rank>{_NUMBER})|sp(?P<fraction>0\.[0-9]{{1,15}})))?",
     re.ASCII,
 )
@@ -68,7 +68,7 @@ class Layout:
     @property
     def has_amplitude(self) -> bool:
         """True where a code has a scale of its own, which training can move."""
-        return self.fields in ("rbe32", "rbe22", "rbe9r")
+        return self.fields not in ("rbe8", "rbe16s")
 
     @property
     def rank(self) -> int:
@@ -88,6 +88,11 @@ class Layout:
     def basis_bytes(self) -> int:
         """Bytes of one basis table, fp16."""
         return 2 * self.stages * BASIS_VECTORS * self.group
+
+    @property
+    def amp_unstored(self) -> int:
+        """Lowest bits of amp that a code does not store: they are 100..0, the middle of the cell that the stored bits name."""
+        return 9 - self.bits if self.seeded else 0
 
     def groups(self, in_features: int) -> int:
         """K = ceil(n / g)."""
@@ -150,7 +155,7 @@ def _match(text: str) -> dict[str, str | None]:
     found = _PATTERN.fullmatch(text)
     if found is None:
         raise ValueError(
-            f"layout: {text!r} is not a layout, expected <rbe32|rbe22|rbe8|rbe16s|rbe9r>[x<stages>]_g<group>"
+            f"layout: {text!r} is not a layout, expected <rbe32|rbe22|rbe8|rbe16s|rbe9r|rbe4r|rbe2r>[x<stages>]_g<group>"
             "[+int8|+fp8|+lr<rank>|+sp<fraction>] such as 'rbe22_g64' or 'rbe8x2_g8'"
         )
     parts = found.groupdict()

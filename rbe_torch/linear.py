@@ -2,11 +2,12 @@
 
 Tensors (m out_features, n in_features, g group, K = ceil(n/g) groups, M stages; docs/format.md):
 
-    packed    uint8   [m, ceil(K*M*bits/8)]   buffer      the codes
+    packed    uint8   [m, ceil(K*M*bits/8)]   buffer      the codes; where the kernels gain by it they are held interleaved instead (codes.py)
     basis     float32 [M, 256, g]             parameter   may be shared between layers
     gain      float32 [m]                     parameter   positive
     bias      [m] or None                     parameter   the layer's dtype
     seed      int64   []                      buffer      layouts ending in r only
+    basis_seed  int64 []                      buffer      only where the basis is drawn from a seed and frozen (rbe_torch/seeded.py)
     residual, residual_scale, residual_right, residual_right_scale    buffers, as the layout's suffix asks
 
 While a layer is in training form (rbe_torch.convert, rbe_torch.prepare_training) `log_gain` replaces the gain parameter, and layouts whose codes
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops
-from .arguments import FLOATS, bias_of, codes_rows, exact_float32, positive, residual_of, seed_of, seed_value
-from .codes import random_words, with_amplitude
+from .arguments import FLOATS, bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
+from .codes import for_kernels, is_interleaved, random_words, second_moment, with_amplitude
 from .layout import Layout
+from .seeded import seeded_basis
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
 
 _WEIGHT_IS_READ_ONLY = (
@@ -40,17 +42,17 @@ class RBELinear(nn.Module):
     """A linear layer in RBE codes, with random codes and a random basis; from_linear and from_codes make one with given ones.
 
     x [..., in_features] float32, bfloat16, float16 or float64 -> [..., out_features] of the same dtype.
-    basis: a float32 parameter [M, 256, g] to share instead of drawing one. generator, seed: where the random codes come from; by default
-    torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
+    basis: a float32 parameter [M, 256, g] to share instead of drawing one. basis_seed: the basis is the one this seed gives, is not trained and is
+    stored as the seed alone; a basis given beside it must be that one. generator, seed: where the random codes come from; by default torch's own generator. Weights are drawn with the variance of nn.Linear's initialisation, 1 / (3 in_features).
     Errors: ValueError or TypeError naming the argument.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
-                 generator: torch.Generator | None = None, seed: int | None = None) -> None:
+                 generator: torch.Generator | None = None, seed: int | None = None, basis_seed: int | None = None) -> None:
         super().__init__()
-        self.in_features = positive("in_features", in_features)
-        self.out_features = positive("out_features", out_features)
+        self.in_features = size("in_features", in_features)
+        self.out_features = size("out_features", out_features)
         self.layout = layout = Layout.parse(layout)
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
         if self._dtype not in FLOATS:
@@ -58,8 +60,11 @@ class RBELinear(nn.Module):
         if generator is None and seed is not None:
             generator = torch.Generator().manual_seed(seed_value(seed))
         m, n = self.out_features, self.in_features
+        self._buffers["packed"] = None  # `packed` and `gain` are properties, so their entries are made before they are registered
         self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
         own_basis = basis is None
+        if basis_seed is not None:
+            self.register_buffer("basis_seed", torch.tensor(seed_value(basis_seed), dtype=torch.int64, device=device))
         if own_basis:
             basis = nn.Parameter(torch.empty(layout.basis_shape, dtype=torch.float32, device=device), requires_grad=False)
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
@@ -67,9 +72,10 @@ class RBELinear(nn.Module):
         self.register_parameter("basis", basis)
         self.register_parameter("amplitude", None)
         self.register_parameter("log_gain", None)
-        self._parameters["gain"] = None  # `gain` is a property, so the entry is made before the parameter is registered
+        self._parameters["gain"] = None
         self.register_parameter("gain", nn.Parameter(torch.empty(m, dtype=torch.float32, device=device), requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(m, dtype=self._dtype, device=device)) if bias else None)
+        self._accuracy = "auto"
         self._options: dict[str, Any] = {"layout": str(layout), "in_features": n, "seed": 0}
         if layout.seeded:
             self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device))
@@ -82,6 +88,7 @@ class RBELinear(nn.Module):
                 zeros += torch.arange(shape[1], dtype=torch.int32, device=device)  # columns rise in a row
             self.register_buffer(name, zeros)
         self.reset_parameters(generator, basis=own_basis)
+        self._hold_codes_for_kernels()
 
     # ---- making one ---------------------------------------------------------------------------------------------------------
 
@@ -92,16 +99,19 @@ class RBELinear(nn.Module):
             raise ValueError("reset_parameters: the layer is in training form; call rbe_torch.finish_training(model) first")
         with torch.no_grad():
             if basis and not self.basis.is_meta:
-                self.basis.copy_(random_basis(layout, generator))
+                drawn = self._buffers.get("basis_seed")
+                self.basis.copy_(random_basis(layout, generator) if drawn is None else seeded_basis(layout, int(drawn)))
             if not self.packed.is_meta:
                 if layout.seeded:
                     self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
                 words = random_words(layout, m, n, self._options["seed"], generator)
-                self.packed.copy_(torch.ops.rbe.pack(words, **self._options))
+                self.packed = torch.ops.rbe.pack(words, **self._options).to(self.packed.device)
+                self._hold_codes_for_kernels()
             if not self._parameters["gain"].is_meta:
-                # random_words draws scales of second moment 1 and random_basis vectors of mean square 1, so an element of W has the
-                # variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
-                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages)).copy_(self._parameters["gain"].half().float())
+                # random_words draws scales of second moment 1 (few bits of amplitude miss it) and random_basis vectors of mean square 1, so an
+                # element of W has the variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
+                moment = second_moment(words, layout) if layout.amp_unstored and not self.packed.is_meta else 1.0
+                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages * moment)).copy_(self._parameters["gain"].half().float())
             if self.bias is not None and not self.bias.is_meta:
                 bound = 1 / math.sqrt(n)
                 self.bias.copy_(torch.empty(m, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
@@ -138,7 +148,7 @@ class RBELinear(nn.Module):
         given as basis is shared, not copied. bias [m] or None. seed: layouts ending in r, 0 .. 2^32 - 1. residual: the tensors of
         Layout.residual_shapes by name. dtype: of `lin.weight`; by default that of the bias, else torch's default.
         """
-        layout, n = Layout.parse(layout), positive("in_features", in_features)
+        layout, n = Layout.parse(layout), size("in_features", in_features)
         for name, tensor in (("codes", codes), ("basis", basis), ("gain", gain)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: is a {type(tensor).__name__}, must be a torch.Tensor")
@@ -168,6 +178,7 @@ class RBELinear(nn.Module):
         problem = layer.problem()
         if problem:
             raise ValueError(problem)
+        layer._hold_codes_for_kernels()
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -191,10 +202,25 @@ class RBELinear(nn.Module):
         return self._parameters["gain"] if log_gain is None else log_gain.exp()
 
     @property
+    def packed(self) -> Tensor:
+        """The codes as uint8 [m, ceil(K*M*bits/8)], what is saved."""
+        held = self._buffers["packed"]
+        return torch.ops.rbe.deinterleave(held, self.out_features) if is_interleaved(held) else held
+
+    def _hold_codes_for_kernels(self) -> None:
+        """Lays the codes out as the kernels of their device read them."""
+        self._buffers["packed"] = for_kernels(self._buffers["packed"], self.out_features, self.layout)
+
+    @property
     def codes(self) -> Tensor:
         """Interchange words, int32 [m, K, M]; in training form with the sign and the rounded amplitude that the forward pass uses."""
         words = torch.ops.rbe.unpack(self.packed, **self._options)
-        return words if self.amplitude is None else with_amplitude(words, self.amplitude.detach(), self.layout)
+        if self.amplitude is None:
+            return words
+        amplitude = self.amplitude.detach()
+        if hasattr(amplitude, "full_tensor") and not hasattr(words, "full_tensor"):  # FSDP2 shards parameters and not buffers
+            amplitude = amplitude.full_tensor()
+        return with_amplitude(words, amplitude, self.layout)
 
     @property
     def weight(self) -> Tensor:
@@ -221,6 +247,17 @@ class RBELinear(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of `lin.weight` and of the bias."""
         return self._dtype
+
+    @property
+    def accuracy(self) -> str:
+        """Class of the forward product (docs/operators.md): "auto", which is exact for float32 and fast for bfloat16 and float16, "exact" or "fast"."""
+        return self._accuracy
+
+    @accuracy.setter
+    def accuracy(self, value: str) -> None:
+        if value not in ("auto", "exact", "fast"):
+            raise ValueError(f"accuracy: is {value!r}, must be 'auto', 'exact' or 'fast'")
+        self._accuracy = value
 
     @property
     def bits_per_weight(self) -> float:
@@ -250,7 +287,7 @@ class RBELinear(nn.Module):
             amplitude = amplitude.double()  # the operator wants the dtype of its sums
         return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(),
                    parameters["bias"], amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
-                   buffers["residual_right_scale"], **self._options)
+                   buffers["residual_right_scale"], accuracy=self._accuracy, **self._options)
 
     def commit_amplitude(self) -> None:
         """Writes the amplitudes of a layer in training form into its packed codes. Saving does so by itself."""
@@ -268,8 +305,10 @@ class RBELinear(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.packed.device)).dtype
-        return super()._apply(keep_format, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._buffers["packed"].device)).dtype
+        super()._apply(keep_format, recurse)
+        self._hold_codes_for_kernels()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -290,6 +329,8 @@ class RBELinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.commit_amplitude()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_interleaved(self._buffers["packed"]):
+            destination[prefix + "packed"] = self.packed
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]] |= {"layout": str(self.layout), "in_features": self.in_features}
 
@@ -302,7 +343,9 @@ class RBELinear(nn.Module):
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{where}: {error}")
             return
+        self.packed = self.packed  # entries are copied into packed codes
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._hold_codes_for_kernels()
         if self.layout.seeded and not self.seed.is_meta:
             self._options = {**self._options, "seed": int(self.seed)}
         problem = self.problem()

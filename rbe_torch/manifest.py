@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: the JSON text in the header of model.safetensors that says what its tensors are, and its SHA-256 beside it.
 
-    {"version": 1, "layers": {name: {"layout", "in_features", "out_features", "basis", "seed", "dtype", "bias"} or {"same_as": name}},
+    {"version": 1, "layers": {name: {"layout", "in_features", "out_features", "basis", "seed", "basis_seed", "dtype", "bias"} or {"same_as": name}},
      "hashes": {tensor: SHA-256}, "aliases": {name: tensor}, "model_class": "package.Class", "model_config": transformers' or null}
 
 Its `id` is the SHA-256 of version, layers and hashes; config.json repeats version, layers and id as `quantization_config`.
@@ -33,6 +33,7 @@ class LayerEntry:
     dtype: str = "float32"
     bias: bool = False
     same_as: str | None = None
+    basis_seed: int | None = None  # the basis is no tensor but drawn from it
 
     def to_dict(self) -> dict[str, Any]:
         if self.same_as is not None:
@@ -47,16 +48,17 @@ class LayerEntry:
         if set(values) == {"same_as"} and isinstance(values["same_as"], str):
             return LayerEntry(same_as=values["same_as"])
         expected = {"layout": str, "in_features": int, "out_features": int, "basis": int, "dtype": str, "bias": bool}
-        if set(values) - {"seed"} != set(expected):
+        if set(values) - {"seed", "basis_seed"} != set(expected):
             raise ValueError(f"layer {name!r}: has the entries {sorted(values)} in the manifest, must have {sorted(expected)}")
-        for key, kind in {**expected, "seed": int}.items():
+        for key, kind in {**expected, "seed": int, "basis_seed": int}.items():
             if key in values and type(values[key]) is not kind:
                 raise ValueError(f"layer {name!r}: {key} is {values[key]!r} in the manifest, must be of type {kind.__name__}")
         try:
             layout = Layout.parse(values["layout"])
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        for key, low, high in (("in_features", 1, _MAX_FEATURES), ("out_features", 1, _MAX_FEATURES), ("basis", 0, _MAX_FEATURES), ("seed", 0, 2**32 - 1)):
+        for key, low, high in (("in_features", 1, _MAX_FEATURES), ("out_features", 1, _MAX_FEATURES), ("basis", 0, _MAX_FEATURES), ("seed", 0, 2**32 - 1),
+                               ("basis_seed", 0, 2**32 - 1)):
             if key in values and not low <= values[key] <= high:
                 raise ValueError(f"layer {name!r}: {key} is {values[key]} in the manifest, must be {low} to {high}")
         if layout.seeded != ("seed" in values):

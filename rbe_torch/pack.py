@@ -1,6 +1,7 @@
 """A model with RBELinears as named tensors and the manifest that describes them: what a checkpoint holds.
 
-For a layer L: `L.packed` (the codes), `L.gain`, `L.bias`, the residual's tensors; `rbe.basis.<i>`, each distinct basis once; and every other tensor of the
+For a layer L: `L.packed` (the codes), `L.gain`, `L.bias`, the residual's tensors; `rbe.basis.<i>`, each distinct basis once (a basis
+that a seed gives is no tensor but `basis_seed` in the manifest); and every other tensor of the
 model under its own name, once. Basis and gain are fp16, or float32 where fp16 would lose something.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .linear import RBELinear
 from .manifest import BASIS_PREFIX, LayerEntry, Manifest
+from .seeded import basis_seed_of
 from .state import RESIDUALS
 
 
@@ -40,9 +42,13 @@ def pack_model(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
         if problem:
             raise ValueError(f"model: layer {name!r} cannot be saved: {problem}")
         prefix = f"{name}." if name else ""
-        basis = _compact(module.basis, f"{prefix}basis", wide)
-        number = bases.setdefault(f"{tuple(basis.shape)}{digest(basis)}", len(bases))
-        tensors[f"{BASIS_PREFIX}{number}"] = basis
+        basis_seed = basis_seed_of(module.basis, module.layout, module._buffers.get("basis_seed"))
+        if basis_seed is None:
+            basis = _compact(module.basis, f"{prefix}basis", wide)
+            number = bases.setdefault(f"{tuple(basis.shape)}{digest(basis)}", len(bases))
+            tensors[f"{BASIS_PREFIX}{number}"] = basis
+        else:
+            number = bases.setdefault(f"{module.layout.basis_shape} of seed {basis_seed}", len(bases))
         tensors[prefix + "packed"] = module.packed.detach().cpu().contiguous()
         tensors[prefix + "gain"] = _compact(module.gain, f"{prefix}gain", wide)
         for key in RESIDUALS:
@@ -50,7 +56,7 @@ def pack_model(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
                 tensors[prefix + key] = module._buffers[key].detach().cpu().contiguous()
         layers[name] = LayerEntry(str(module.layout), module.in_features, module.out_features, number,
                                   int(module.seed) if module.layout.seeded else None, str(module.dtype).removeprefix("torch."),
-                                  module.bias is not None)
+                                  module.bias is not None, basis_seed=basis_seed)
     if not layers:
         raise ValueError("model: has no RBELinear; call rbe_torch.compress first")
     if wide:

@@ -17,6 +17,7 @@ from .layout import Layout
 from .linear import RBELinear
 from .manifest import BASIS_PREFIX, LayerEntry, Manifest
 from .pack import digest
+from .seeded import seeded_basis
 from .state import RESIDUALS
 
 WEIGHTS_FILE = "model.safetensors"
@@ -46,6 +47,7 @@ class Checkpoint:
             raise ValueError(f"{self.file}: is not a whole safetensors file ({error})") from error
         with self.naming():
             self.manifest = Manifest.from_header(metadata)
+            self._drawn_bases: dict[int, tuple[Layout, int] | None] = {}  # None: a tensor
             self._check_structure()
         self._bases: dict[int, nn.Parameter] = {}
         self._check_config(path if path.is_dir() else path.parent)
@@ -68,7 +70,9 @@ class Checkpoint:
     def basis(self, number: int) -> nn.Parameter:
         """Basis `number` as a float32 parameter, the same object at each call."""
         if number not in self._bases:
-            self._bases[number] = nn.Parameter(self.tensor(f"{BASIS_PREFIX}{number}").float(), requires_grad=False)
+            drawn = self._drawn_bases.get(number)
+            table = self.tensor(f"{BASIS_PREFIX}{number}").float() if drawn is None else seeded_basis(*drawn)
+            self._bases[number] = nn.Parameter(table, requires_grad=False)
         return self._bases[number]
 
     def layer(self, name: str, bias: bool = True) -> RBELinear:
@@ -79,12 +83,15 @@ class Checkpoint:
         prefix = f"{name}." if name else ""
         layout = Layout.parse(entry.layout)
         with self.naming(f"layer {name!r}: "):
-            return RBELinear.from_codes(
+            layer = RBELinear.from_codes(
                 self.tensor(prefix + "packed"), self.basis(entry.basis), self.tensor(prefix + "gain").float(),
                 self.tensor(prefix + "bias") if entry.bias and bias else None, layout=layout, in_features=entry.in_features, seed=entry.seed,
                 residual={key: self.tensor(prefix + key) for key in layout.residual_shapes(entry.out_features, entry.in_features)},
                 dtype=getattr(torch, entry.dtype),
             )
+            if entry.basis_seed is not None:
+                layer.register_buffer("basis_seed", torch.tensor(entry.basis_seed, dtype=torch.int64))
+            return layer
 
     def other_names(self) -> list[str]:
         """Names of the model's tensors that are no part of an RBE weight, shared ones included; biases of RBE layers are among them."""
@@ -127,7 +134,12 @@ class Checkpoint:
             prefix, m, n, layout = f"{name}." if name else "", entry.out_features, entry.in_features, Layout.parse(entry.layout)
             expected[prefix + "packed"] = ((m, layout.packed_row_bytes(n)), ("uint8",))
             expected[prefix + "gain"] = ((m,), ("float16", "float32"))
-            expected[f"{BASIS_PREFIX}{entry.basis}"] = (layout.basis_shape, ("float16", "float32"))
+            table = None if entry.basis_seed is None else (layout, entry.basis_seed)
+            other = self._drawn_bases.setdefault(entry.basis, table)
+            if (other is None) != (table is None) or (table is not None and (other[0].basis_shape, other[1]) != (layout.basis_shape, table[1])):
+                raise ValueError(f"layer {name!r}: basis {entry.basis} is another layer's, drawn from another seed, in another shape or stored")
+            if table is None:
+                expected[f"{BASIS_PREFIX}{entry.basis}"] = (layout.basis_shape, ("float16", "float32"))
             for key, (shape, dtype) in layout.residual_shapes(m, n).items():
                 expected[prefix + key] = (shape, (dtype,))
             if entry.bias and prefix + "bias" not in self.shapes and prefix + "bias" not in manifest.aliases:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 __all__ = ["curve_table", "decode", "encode", "linear", "pack", "scale", "seeded_idx", "unpack"]
 
-_BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9}
-_LAYOUT = re.compile(r"(rbe32|rbe22|rbe8|rbe16s|rbe9r)(?:x([1-9]\d*))?_g([1-9]\d*)(?:\+(int8|fp8|lr|sp)([\d.]*))?")
+_BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9, "rbe4r": 4, "rbe2r": 2}
+_CELLS = {"rbe4r": 8, "rbe2r": 2}  # of |a|; the code is in the middle of one
+_LAYOUT = re.compile(r"(rbe32|rbe22|rbe8|rbe16s|rbe9r|rbe4r|rbe2r)(?:x([1-9]\d*))?_g([1-9]\d*)(?:\+(int8|fp8|lr|sp)([\d.]*))?")
 _EXP_CURVE = 14  # cat 1, sub 3, deriv 0
 _LARGEST_U = 1.0 - 2.0**-18
 
@@ -144,10 +145,12 @@ class _StayInside(torch.autograd.Function):
 
 def _round_amplitude(words: Tensor, amplitude: Tensor, field: str) -> Tensor:
     """Words with the sign, amp and amp_fine of the amplitude (detached, finite)."""
-    steps = 2**18 if field == "rbe32" else 2**8
+    steps = 2**18 if field == "rbe32" else _CELLS.get(field, 2**8)
     scaled = amplitude.abs().clamp(max=_LARGEST_U) * steps  # exact, as are the next two lines; scaled + 0.5 might round
     whole = scaled.floor()
     k = (whole + (scaled - whole >= 0.5).to(whole.dtype)).clamp(max=steps - 1).to(torch.int32)
+    if field in _CELLS:
+        k = whole.to(torch.int32) * (256 // steps) + 128 // steps
     amp, fine = (k >> 10, k & 1023) if field == "rbe32" else (k, torch.zeros_like(k))
     sign = (amplitude < 0).to(torch.int32)
     return (words & 0x3FFD00) | (fine << 22) | (sign << 9) | amp
@@ -198,7 +201,8 @@ def seeded_idx(
 
 
 # What a code stores, least significant bit first: (shift in the word, width) of each piece.
-_PIECES = {"rbe32": [(0, 32)], "rbe22": [(0, 22)], "rbe8": [(10, 8)], "rbe16s": [(0, 8), (10, 8)], "rbe9r": [(0, 8), (9, 1)]}
+_PIECES = {"rbe32": [(0, 32)], "rbe22": [(0, 22)], "rbe8": [(10, 8)], "rbe16s": [(0, 8), (10, 8)], "rbe9r": [(0, 8), (9, 1)],
+           "rbe4r": [(5, 3), (9, 1)], "rbe2r": [(7, 1), (9, 1)]}
 
 
 def _bit_places(field: str, device: torch.device) -> Tensor:
@@ -207,22 +211,23 @@ def _bit_places(field: str, device: torch.device) -> Tensor:
 
 
 def _seeded_words(words: Tensor, parsed: _Parsed, in_features: int, seed: int, row0: int, k0: int) -> Tensor:
-    """The bits that rbe9r fixes rather than stores: idx from the seed, cat 1, sub 3."""
+    """The bits that layouts ending in r fix rather than store: idx from the seed, cat and sub, the end of amp."""
     rows, groups, stages = words.shape
     total = -(-in_features // parsed.group)
     idx = seeded_idx(rows, groups, stages, seed, row0=row0, k0=k0, groups_total=total, device=words.device)
-    return (idx << 10) | (1 << 20) | (3 << 18)
+    curve = 1 << 20 | (1 if parsed.field in _CELLS else 3) << 18
+    return (idx << 10) | curve | (128 // _CELLS[parsed.field] if parsed.field in _CELLS else 0)
 
 
 def _unpack(packed: Tensor, parsed: _Parsed, in_features: int, seed: int, row0: int, k0: int) -> Tensor:
     """`unpack` without its check."""
     rows, width = packed.shape
-    groups = width * 8 // (parsed.bits * parsed.stages)  # a group takes at least 8 bits, more than the padding
+    groups = min(width * 8 // (parsed.bits * parsed.stages), -(-in_features // parsed.group) - k0)  # small codes would fit into the padding
     bits = (packed[..., None].to(torch.int64) >> torch.arange(8, device=packed.device)) & 1
     bits = bits.reshape(rows, width * 8)[:, : groups * parsed.stages * parsed.bits].reshape(rows, groups, parsed.stages, parsed.bits)
     words = (bits << _bit_places(parsed.field, packed.device)).sum(-1)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return words | _seeded_words(words, parsed, in_features, seed, row0, k0) if parsed.field == "rbe9r" else words
+    return words | _seeded_words(words, parsed, in_features, seed, row0, k0) if parsed.field.endswith("r") else words
 
 
 def _pack(words: Tensor, parsed: _Parsed) -> Tensor:
@@ -273,6 +278,8 @@ def _residual(parsed: _Parsed, values: Tensor, scales: Tensor | None, right: Ten
 def _dense(words: Tensor, basis: Tensor, gain: Tensor, amplitude: Tensor | None, parsed: _Parsed, in_features: int, seed: int, row0: int,
            k0: int, rounded: bool, real: torch.dtype) -> Tensor:  # fmt: skip
     """What the codes alone decode to, padding included: [m, K*g] of dtype `real`."""
+    if words.dtype == torch.uint8 and words.dim() == 3:
+        words = words.movedim(1, 2).reshape(-1, words.shape[1])[: gain.shape[0]]  # interleaved -> packed
     if words.dtype == torch.uint8:
         words = _unpack(words, parsed, in_features, seed, row0, k0)
     rows, groups, stages = words.shape
@@ -297,7 +304,7 @@ def decode(
     """W [m, n] in float32 (float64 if `basis` is), differentiable in basis, gain and amplitude.
 
     Args:
-        words: int32 [m, K, M] or packed uint8.
+        words: int32 [m, K, M], packed uint8, or interleaved uint8.
         basis: [M, 256, g]. gain: [m]. amplitude: [m, K, M] or None.
         in_features: n of the whole layer; a shard (row0, k0) decodes the columns of its own groups.
         rounded: False interpolates the curve at the raw amplitude.
@@ -342,8 +349,9 @@ def linear(
 def _scale_words(field: str) -> Tensor:
     """Every word that differs in scale, idx 0, rising as unsigned numbers: int64."""
     low = torch.arange(1024)  # sign, deriv, amp
-    if field == "rbe9r":
-        return low[(low & 256) == 0] + (1 << 20) + (3 << 18)
+    if field.endswith("r"):
+        cell = 256 // _CELLS.get(field, 256)
+        return low[((low & 256) == 0) & (low % cell == cell // 2)] + (1 << 20) + ((3 if cell == 1 else 1) << 18)
     curves = torch.arange(16)[:, None] * (1 << 18)
     words = (curves + low).reshape(-1)
     return words if field == "rbe22" else (torch.arange(1024)[:, None] * (1 << 22) + words).reshape(-1)
@@ -396,6 +404,6 @@ def encode(
         for k in range(groups):
             target = weight[i, k * parsed.group : (k + 1) * parsed.group].to(torch.float64)
             vectors = basis[0, :, : target.shape[0]].to(torch.float64)
-            allowed = drawn[i, k] if parsed.field == "rbe9r" else torch.arange(256)
+            allowed = drawn[i, k] if parsed.field.endswith("r") else torch.arange(256)
             out[i, k, 0] = _encode_group(target, vectors, float(gain[i]), parsed.field, allowed, scales, words)
     return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32)

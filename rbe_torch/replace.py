@@ -19,6 +19,7 @@ from .report import Report
 # Last component of the name of a module that maps features to classes or to a vocabulary.
 HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "heads", "qa_outputs", "embed_out", "output_projection"})
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BASES = ("trained", "frozen", "seeded")
 
 Patterns = str | Iterable[str] | None
 
@@ -144,22 +145,34 @@ def stored_bytes(model: nn.Module) -> int:
     return total
 
 
-def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0, include: Patterns = None, exclude: Patterns = None) -> Report:
+def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0, include: Patterns = None, exclude: Patterns = None,
+            basis: str = "trained", nonlinearity: str | None = None) -> Report:
     """Replaces the linear layers of `model` in place by RBELinears with random codes, ready to be trained from scratch (method "direct").
 
     Every layer gets an amplitude parameter where the layout has one; all of them share one basis (one a device). The variance of the
-    weights is that of nn.Linear's initialisation. Biases are kept. include, exclude: see find_linears. Returns the report.
+    weights is that of nn.Linear's initialisation, or, with `nonlinearity` ("linear", "relu", "tanh": what follows the layers), the one that keeps the variance
+    of activations through depth (rbe_torch/initial.py). Biases are kept. include, exclude: see find_linears. Returns the report.
+
+    basis: "trained", "frozen" (a random table that stays what it is, and is stored) or "seeded" (one of signs that a seed gives: it stays what it is and
+    only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training.md.
     """
     from .arguments import seed_value
     from .linear import RBELinear, random_basis
+    from .initial import calculated_gain, keep_variance
+    from .seeded import seeded_basis
     from .train import start_training
 
     layout = Layout.parse(layout)
+    if basis not in BASES:
+        raise ValueError(f"basis: is {basis!r}, must be one of {', '.join(map(repr, BASES))}")
     if layout.residual is not None:
         raise ValueError(f"layout: {str(layout)!r} has a residual, which is fitted to a trained weight; use compress, or drop the suffix")
+    if nonlinearity is not None:
+        calculated_gain(nonlinearity)  # refuses one that is none before anything is replaced
     generator = torch.Generator().manual_seed(seed_value(seed))
     found = find_linears(model, include, exclude)
-    values = random_basis(layout, generator)
+    basis_seed = int(torch.randint(0, 2**32, (), generator=generator)) if basis == "seeded" else None
+    values = random_basis(layout, generator) if basis_seed is None else seeded_basis(layout, basis_seed)
     bases: dict[torch.device, nn.Parameter] = {}
     report = Report()
     for entry in found:
@@ -169,10 +182,13 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         n, m = features(entry.module)
         old = entry.module.weight
         if old.device not in bases:
-            bases[old.device] = nn.Parameter(values.to(old.device), requires_grad=True)
-        new = RBELinear(n, m, bias=False, layout=layout, device=old.device, dtype=old.dtype, basis=bases[old.device], generator=generator)
+            bases[old.device] = nn.Parameter(values.to(old.device), requires_grad=basis == "trained")
+        new = RBELinear(n, m, bias=False, layout=layout, device=old.device, dtype=old.dtype, basis=bases[old.device], generator=generator,
+                        basis_seed=basis_seed)
         new.bias = entry.module.bias
-        start_training(new)
+        if nonlinearity is not None and not old.is_meta:
+            keep_variance(new, nonlinearity)
+        start_training(new, "trained" if basis == "trained" else "frozen")
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)
     report.other_bytes = stored_bytes(model)

@@ -51,7 +51,7 @@ class Report:
     """Rows of a conversion. `bits_per_weight` counts codes, gain, residual, and each distinct basis once."""
 
     rows: list[LayerRow] = field(default_factory=list)
-    bases: list[int] = field(default_factory=list)  # bytes of each distinct basis table, fp16
+    bases: list[int] = field(default_factory=list)  # bytes of each distinct basis table: fp16, or the seed that gives it
     other_bytes: int = 0  # everything else the model stores: embeddings, norms, biases, skipped layers
     seconds: float | None = None  # of the whole run
     notes: list[str] = field(default_factory=list)  # warnings that belong to the whole model
@@ -77,11 +77,14 @@ class Report:
         return row
 
     def _basis_index(self, layer: RBELinear) -> int:
+        from .seeded import basis_seed_of
+
         for index, table in enumerate(self._tables):
             if table is layer.basis:
                 return index
         self._tables.append(layer.basis)
-        self.bases.append(layer.layout.basis_bytes)
+        drawn = basis_seed_of(layer.basis, layer.layout, layer._buffers.get("basis_seed")) is not None
+        self.bases.append(4 if drawn else layer.layout.basis_bytes)  # a seed of 32 bits
         return len(self._tables) - 1
 
     @property

@@ -83,7 +83,7 @@ def _match_form(layer: RBELinear, own: dict[str, Any], prefix: str) -> None:
                              "was it saved from a layer of another layout?")
     if prefix + "log_gain" in own and not layer.training_form:
         raise ValueError("log_gain: the state_dict is of a layer in training form; call rbe_torch.prepare_training(model) before loading it")
-    if not layer.training_form or prefix + "gain" not in own:
+    if layer.log_gain is None or prefix + "gain" not in own:
         return
     gain = own.pop(prefix + "gain")
     if not bool((gain > 0).all()):

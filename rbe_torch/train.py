@@ -1,7 +1,7 @@
 """Training in the compressed domain: layers in and out of training form, and optimiser groups.
 
-Training form (method "direct"): no dense weight exists. Trained are the codes' amplitudes (layouts that have them), the basis,
-log(gain) and the bias; idx and the curve of each code stay.
+Training form (method "direct"): no dense weight exists. Trained are the codes' amplitudes (layouts that have them), the basis unless it is frozen,
+log(gain) and the bias; idx and the curve of each code stay. Method "latent" keeps a dense weight: rbe_torch/latent.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from .codes import amplitude_of
 from .encode import GAIN_MAX, fp16_gain, fp16_values
 from .linear import RBELinear
+from .watch import guard_rates
 
 # Learning rates relative to `lr`, a starting point. A character GPT (2 blocks, d = 128, tinyshakespeare, rbe22_g16, lr 1e-3, cosine, 800 steps, one
 # seed) ended at a validation loss of 2.153, 2.124, 2.196 and 2.291 with amplitude rates of 40, 100, 200 and 400, and at 2.160 with 100 and basis 150.
@@ -22,28 +23,45 @@ AMPLITUDE_RATE = 100.0
 BASIS_RATE = 50.0
 
 
-def start_training(layer: RBELinear) -> None:
-    """Puts one layer in training form; its output stays what it was."""
-    if layer.training_form:
+def start_training(layer: RBELinear, basis: str | None = None) -> None:
+    """Puts one layer in training form; its output stays what it was. basis: "trained", "frozen", or None for trained unless a seed gives it."""
+    if basis is None:
+        basis = "trained" if layer._buffers.get("basis_seed") is None else "frozen"
+    if layer.log_gain is not None:
         return
+    guard_rates(layer)
     gain = layer._parameters["gain"].detach()
     layer.log_gain = nn.Parameter(gain.log())
     layer._parameters["gain"] = None  # the entry keeps its place: optimiser states go by the order of parameters
-    layer.basis.requires_grad_(True)
+    layer.basis.requires_grad_(basis == "trained")
     if layer.layout.has_amplitude:
         words = torch.ops.rbe.unpack(layer.packed, **layer._options)
         layer.amplitude = nn.Parameter(amplitude_of(words))
 
 
-def prepare_training(model: nn.Module, method: str = "direct") -> nn.Module:
-    """Puts every RBELinear of `model` in training form, in place, and returns the model.
+def prepare_training(model: nn.Module, method: str = "direct", basis: str | None = None, **options: Any) -> nn.Module:
+    """Puts every RBELinear of `model` in training form, in place, and returns the model. A layer that is in it already stays as it is.
 
-    ValueError: a method other than "direct", or a model without an RBELinear.
+    method: "direct" trains amplitudes, basis, gain and bias of the codes there are; "latent" a dense weight that is encoded again and again
+    (rbe_torch/latent.py, which also has its loss terms); options: interval and temperature of its start_latent.
+    basis: "trained", "frozen", or None: trained unless a seed gives it (convert with basis="seeded"). A frozen basis costs no gradient and no optimiser state;
+    a seeded one that is trained is stored in full from then on.
+    ValueError: another method or basis, or a model without an RBELinear.
     """
-    if method != "direct":
-        raise ValueError(f"method: is {method!r}, must be 'direct', the one training method there is")
-    for layer in _layers(model):
-        start_training(layer)
+    if method not in ("direct", "latent"):
+        raise ValueError(f"method: is {method!r}, must be 'direct' or 'latent'")
+    if basis not in ("trained", "frozen", None):
+        raise ValueError(f"basis: is {basis!r}, must be 'trained', 'frozen' or None")
+    layers = _layers(model)
+    if method == "latent":
+        from .latent import start_latent
+
+        start_latent(layers, basis, **options)
+        return model
+    if options:
+        raise TypeError(f"{next(iter(options))}: is an option of method='latent', not of 'direct'")
+    for layer in layers:
+        start_training(layer, basis)
     return model
 
 
@@ -55,6 +73,16 @@ def finish_training(model: nn.Module) -> nn.Module:
     or gain beyond what fp16 holds, or a layer on the meta device.
     """
     layers = _layers(model)
+    latent = [layer for layer in layers if "latent" in layer._parameters]
+    lowrank = [layer for layer in layers if "lowrank_left" in layer._parameters]
+    if latent:
+        from .latent import finish_latent
+
+        finish_latent(latent)
+    if lowrank:
+        from .lowrank import finish_lowrank
+
+        finish_lowrank(lowrank)
     for layer in layers:
         problem = "model: has a layer on the meta device, which has no values to finish" if layer.packed.is_meta else layer.problem()
         if problem:
@@ -78,8 +106,15 @@ def finish_training(model: nn.Module) -> nn.Module:
 def param_groups(model: nn.Module, lr: float = 1e-3) -> list[dict[str, Any]]:
     """Optimiser groups over the trainable parameters of `model`, each once: amplitudes, basis, gains and the rest.
 
-    Amplitudes and basis take far larger rates than dense weights do (100 and 50 times `lr`, a starting point), and with the gains no weight
-    decay: torch.optim.AdamW(rbe_torch.param_groups(model), betas=(0.9, 0.98)).
+    torch.optim.AdamW(rbe_torch.param_groups(model), betas=(0.9, 0.98)).
+
+    Why the rates differ: Adam moves every parameter by about its rate a step, whatever its gradient, so a rate has to be read against the size of what it
+    moves. A dense weight is of size 1/sqrt(in_features), 0.03 in a layer of 1024; an amplitude spans -1 .. 1 and is rounded to steps of 1/256 or more, and
+    basis entries are of size 1, because the row's gain carries the magnitude. The same relative step is therefore 30 to 100 times larger: at 10 to 30 times
+    smaller rates the same model ended 0.1 to 0.16 nats worse. No weight decay on the three: it would pull amplitudes to 0, where a code is lost, and on gain
+    and basis it acts on the same product twice. log(gain) is relative already and takes `lr`.
+
+    ValueError: lr is not positive and finite. A model trained with an optimiser whose groups ignore this warns once (rbe_torch/watch.py).
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"lr: is {lr}, must be positive and finite")

@@ -1,4 +1,4 @@
-// rbe::decode, encode, pack and unpack: weights, code words and packed bytes into each other.
+// rbe::decode, encode, pack, unpack, interleave and deinterleave: weights, code words and bytes into each other.
 #include "operators.h"
 
 rbe_status rbe_op_decode(rbe_call *call) {
@@ -94,5 +94,43 @@ static rbe_status repack(rbe_call *call, bool pack) {
     status = rbe_call_result(call, 3, shape, torch.aoti_torch_dtype_int32(), &data);
     return status == RBE_OK ? rbe_unpack(&w, data, &call->err) : status;
 }
+rbe_status rbe_op_interleave(rbe_call *call) {
+    rbe_view packed;
+    const void *bytes;
+    void *data;
+    rbe_status status = rbe_view_of(call, rbe_call_tensor(call, 0), "packed", &packed);
+    if (status != RBE_OK) return status;
+    if (packed.dtype != torch.aoti_torch_dtype_uint8() || packed.dims != 2 || packed.sizes[0] < 1 || packed.sizes[1] < 1) {
+        return rbe_call_fail(call, "packed: is %s %s; must be uint8 [m, K*M], packed codes of rbe8", rbe_torch_dtype_name(packed.dtype),
+                             rbe_shape_text(packed.dims, packed.sizes));
+    }
+    const int64_t shape[3] = {rbe_interleaved_tiles(packed.sizes[0]), packed.sizes[1], RBE_INTERLEAVED_ROWS};
+    status = rbe_dense_bytes(call, &packed, 1, &bytes);
+    if (status == RBE_OK) status = rbe_call_result(call, 3, shape, packed.dtype, &data);
+    return status == RBE_OK ? rbe_interleave(bytes, shape[1], packed.sizes[0], shape[1], data, &call->err) : status;
+}
+
+rbe_status rbe_op_deinterleave(rbe_call *call) {
+    rbe_view codes;
+    const void *bytes;
+    void *data;
+    const int64_t rows = rbe_call_int(call, 1);
+    rbe_status status = rbe_view_of(call, rbe_call_tensor(call, 0), "codes", &codes);
+    if (status != RBE_OK) return status;
+    if (codes.dtype != torch.aoti_torch_dtype_uint8() || codes.dims != 3 || codes.sizes[0] < 1 || codes.sizes[1] < 1 ||
+        codes.sizes[2] != RBE_INTERLEAVED_ROWS) {
+        return rbe_call_fail(call, "codes: is %s %s; must be uint8 [ceil(m/64), K*M, 64], interleaved codes of rbe8",
+                             rbe_torch_dtype_name(codes.dtype), rbe_shape_text(codes.dims, codes.sizes));
+    }
+    if (rows < 1 || rbe_interleaved_tiles(rows) != codes.sizes[0]) {
+        return rbe_call_fail(call, "rows: was %lld; codes of shape %s have %lld .. %lld", (long long)rows, rbe_shape_text(codes.dims, codes.sizes),
+                             (long long)(codes.sizes[0] - 1) * RBE_INTERLEAVED_ROWS + 1, (long long)codes.sizes[0] * RBE_INTERLEAVED_ROWS);
+    }
+    const int64_t shape[2] = {rows, codes.sizes[1]};
+    status = rbe_dense_bytes(call, &codes, 1, &bytes);
+    if (status == RBE_OK) status = rbe_call_result(call, 2, shape, codes.dtype, &data);
+    return status == RBE_OK ? rbe_deinterleave(bytes, rows, shape[1], data, &call->err) : status;
+}
+
 rbe_status rbe_op_pack(rbe_call *call) { return repack(call, true); }
 rbe_status rbe_op_unpack(rbe_call *call) { return repack(call, false); }

@@ -28,6 +28,8 @@ BOXED(encode, "TTT" "SIIII")
 BOXED(encode_calibrated, "TTTTOO" "SIIII" "I")
 BOXED(pack, "T" "SIIII")
 BOXED(unpack, "T" "SIIII")
+BOXED(interleave, "T")
+BOXED(deinterleave, "TI")
 
 static const struct {
     const char *name, *schema;
@@ -46,6 +48,8 @@ static const struct {
      ", int sweeps=2) -> Tensor", boxed_encode_calibrated},
     {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack},
     {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack},
+    {"interleave", "interleave(Tensor packed) -> Tensor", boxed_interleave},
+    {"deinterleave", "deinterleave(Tensor codes, int rows) -> Tensor", boxed_deinterleave},
 };
 
 // Registers everything once a process. Returns 0, or 1 with one sentence in `message`. Called by rbe_torch/_ops.py through ctypes.
@@ -66,10 +70,12 @@ __attribute__((visibility("default"))) int rbe_torch_init(char *message, size_t 
 // For show_config(): the ISA in use, and the kernel that a product takes.
 __attribute__((visibility("default"))) const char *rbe_torch_isa(void) { return rbe_isa_name(); }
 
+__attribute__((visibility("default"))) int rbe_torch_reads_interleaved(void) { return rbe_reads_interleaved(); }
+
 __attribute__((visibility("default"))) int rbe_torch_describe_linear(const char *layout, int64_t rows, int64_t cols, int64_t tokens,
-                                                                     int accuracy, char *text, size_t size) {
+                                                                     int dtype, int accuracy, char *text, size_t size) {
     rbe_layout parsed;
     rbe_error err;
     if (rbe_layout_parse(layout, strlen(layout), &parsed, &err) != RBE_OK) return snprintf(text, size, "%s", err.text);
-    return rbe_describe_linear(&parsed, rows, cols, tokens, (rbe_accuracy)accuracy, text, size);
+    return rbe_describe_linear(&parsed, rows, cols, tokens, (rbe_dtype)dtype, (rbe_accuracy)accuracy, text, size);
 }

@@ -30,7 +30,7 @@ rbe_status rbe_bind_layout(rbe_call *call, int at, rbe_weight *out, int64_t *in_
 
 rbe_status rbe_bind_groups(rbe_call *call, int64_t in_features, int64_t groups, int64_t cols, rbe_weight *out) {
     // A shard holds groups k0 .. k0 + groups - 1. Without a seed its first group says nothing, so k0 = 0 means the whole layer.
-    bool seeded = out->layout.field == RBE_FIELD_RBE9R, last = out->k0 + groups == out->groups_total;
+    bool seeded = rbe_field_seeded(out->layout.field), last = out->k0 + groups == out->groups_total;
     if (groups < 1 || out->k0 + groups > out->groups_total || (!last && out->k0 == 0 && !seeded)) {
         return rbe_call_fail(call, "in_features: was %lld, which is %lld groups of %d from group %lld on; codes have %lld",
                              (long long)in_features, (long long)(out->groups_total - out->k0), (int)out->layout.group, (long long)out->k0,
@@ -43,6 +43,23 @@ rbe_status rbe_bind_groups(rbe_call *call, int64_t in_features, int64_t groups, 
                              (long long)cols, (long long)out->cols, (long long)groups, (long long)in_features);
     }
     return RBE_OK;
+}
+
+static rbe_status bind_interleaved(rbe_call *call, const rbe_view *codes, rbe_weight *out, int64_t *groups) {
+    const int64_t stages = out->layout.stages, tiles = rbe_interleaved_tiles(out->rows);
+    if (out->layout.field != RBE_FIELD_RBE8) {
+        return rbe_call_fail(call, "%s: has shape %s; only codes of rbe8 can be interleaved, those of this layout are packed bytes [m, ceil(K*M*%d/8)]",
+                             codes->name, rbe_shape_text(codes->dims, codes->sizes), (int)out->layout.bits);
+    }
+    if (codes->sizes[0] != tiles || codes->sizes[1] < 1 || codes->sizes[1] % stages || codes->sizes[2] != RBE_INTERLEAVED_ROWS) {
+        return rbe_call_fail(call, "%s: has shape %s; interleaved codes must be [ceil(m/64) = %lld, K * %lld, 64]", codes->name,
+                             rbe_shape_text(codes->dims, codes->sizes), (long long)tiles, (long long)stages);
+    }
+    *groups = codes->sizes[1] / stages;
+    const void *dense;
+    rbe_status status = rbe_dense_bytes(call, codes, 1, &dense);
+    out->interleaved = dense;
+    return status;
 }
 
 rbe_status rbe_bind_codes(rbe_call *call, const rbe_view *codes, rbe_weight *out, int64_t *groups) {
@@ -58,13 +75,17 @@ rbe_status rbe_bind_codes(rbe_call *call, const rbe_view *codes, rbe_weight *out
         rbe_status status = rbe_dense_bytes(call, codes, 4, &dense);
         if (status != RBE_OK) return status;
         out->words = dense;
+    } else if (codes->dtype == torch.aoti_torch_dtype_uint8() && codes->dims == 3 && out->rows > 0) {
+        return bind_interleaved(call, codes, out, groups);
     } else if (codes->dtype == torch.aoti_torch_dtype_uint8()) {
         if (codes->dims != 2) {
             return rbe_call_fail(call, "%s: has shape %s; packed codes must be [m, ceil(K*M*%d/8)]", codes->name,
                                  rbe_shape_text(codes->dims, codes->sizes), (int)layout->bits);
         }
-        // A group takes at least 8 bits, so the number of bytes tells K.
+        // A group of 8 bits or more takes more than the padding, so the number of bytes tells K; of smaller ones the padding could hold some, so no more
+        // than are left of the layer are meant.
         *groups = codes->sizes[1] * 8 / (layout->bits * stages);
+        if (*groups > out->groups_total - out->k0) *groups = out->groups_total - out->k0;
         if (rbe_packed_row_bytes(layout, *groups) != codes->sizes[1]) {
             return rbe_call_fail(call, "%s: rows have %lld bytes; no number of groups of %lld codes of %d bits fills that", codes->name,
                                  (long long)codes->sizes[1], (long long)stages, (int)layout->bits);
@@ -159,6 +180,8 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
     *views = (rbe_weight_views){.has_amplitude = false};
     int64_t in_features, groups = 0;
     rbe_status status = rbe_bind_layout(call, at->layout, out, &in_features);
+    if (status == RBE_OK) status = view_at(call, at->gain, "gain", &views->gain);
+    if (status == RBE_OK && views->gain.dims == 1) out->rows = views->gain.sizes[0];
     if (status == RBE_OK && at->codes >= 0) status = view_at(call, at->codes, "codes", &views->codes);
     if (status == RBE_OK && at->codes >= 0) status = rbe_bind_codes(call, &views->codes, out, &groups);
     if (status == RBE_OK) status = rbe_bind_groups(call, in_features, groups, cols, out);
@@ -168,7 +191,6 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
     status = view_at(call, at->basis, "basis", &views->basis);
     if (status == RBE_OK) status = rbe_expect_shape(call, &views->basis, 3, basis_shape, "[M, 256, g]");
     if (status == RBE_OK) status = rbe_dense_float(call, &views->basis, real, &out->basis);
-    if (status == RBE_OK) status = view_at(call, at->gain, "gain", &views->gain);
     if (status == RBE_OK) status = rbe_expect_shape(call, &views->gain, 1, &out->rows, "[m]");
     if (status == RBE_OK) status = rbe_dense_float(call, &views->gain, real, &out->gain);
     if (status != RBE_OK) return status;

@@ -28,7 +28,8 @@ rbe_status rbe_bind_layout(rbe_call *call, int layout_position, rbe_weight *out,
 // Sets K groups and n columns of this shard and checks them against the whole layer's in_features. cols as above.
 rbe_status rbe_bind_groups(rbe_call *call, int64_t in_features, int64_t groups, int64_t cols, rbe_weight *out);
 
-// Codes of either form: sets rows, words or packed, and returns K in *groups.
+// Codes of any form: sets words, packed or interleaved, and rows, and returns K in *groups. Interleaved codes do not tell their rows: they are
+// taken where out->rows already says how many there are.
 rbe_status rbe_bind_codes(rbe_call *call, const rbe_view *codes, rbe_weight *out, int64_t *groups);
 
 #endif

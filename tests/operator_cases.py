@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-MASKS = {"rbe32": -1, "rbe22": 0x3FFFFF, "rbe8": 0x3FC00, "rbe16s": 0x3FCFF, "rbe9r": 0x2FF}
-BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9}
-LAYOUTS = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe16s_g8", "rbe9r_g7"]
+MASKS = {"rbe32": -1, "rbe22": 0x3FFFFF, "rbe8": 0x3FC00, "rbe16s": 0x3FCFF, "rbe9r": 0x2FF, "rbe4r": 0x2E0, "rbe2r": 0x280}
+CONSTANTS = {"rbe9r": 7 << 18, "rbe4r": 5 << 18 | 16, "rbe2r": 5 << 18 | 64}  # the curve, and the middle of a cell of amplitudes
+BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9, "rbe4r": 4, "rbe2r": 2}
+LAYOUTS = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe16s_g8", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
 
 
 def split(layout: str) -> tuple[str, int, int]:
@@ -34,8 +35,8 @@ def random_codes(layout: str, m: int, n: int, generator: torch.Generator, seed: 
     name, stages, group = split(layout)
     groups = -(-n // group)
     words = torch.randint(-(2**31), 2**31, (m, groups, stages), generator=generator) & MASKS[name]
-    if name == "rbe9r":
-        words = words | seeded_idx(m, groups, stages, seed) << 10 | 7 << 18
+    if name in CONSTANTS:
+        words = words | seeded_idx(m, groups, stages, seed) << 10 | CONSTANTS[name]
     return words.to(torch.int32)
 
 
@@ -87,7 +88,7 @@ def make_case(layout: str = "rbe22_g8", m: int = 5, n: int = 19, tokens: tuple[i
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     keywords: dict[str, Any] = {"layout": layout, "in_features": n}
-    if name == "rbe9r":
+    if name in CONSTANTS:
         keywords["seed"] = seed
     if not rounded:
         keywords["rounded"] = False

@@ -23,7 +23,7 @@ from rbe_torch.checkpoint import Checkpoint
 from rbe_torch.manifest import content_id
 from rbe_torch.pack import digest
 
-LAYOUTS = ["rbe22_g8", "rbe32x2_g5", "rbe8x2_g8", "rbe16s_g8", "rbe9r_g7", "rbe8_g8+int8", "rbe8_g8+fp8", "rbe8_g8+lr2", "rbe8_g8+sp0.2"]
+LAYOUTS = ["rbe22_g8", "rbe32x2_g5", "rbe8x2_g8", "rbe16s_g8", "rbe9r_g7", "rbe2r_g3", "rbe8_g8+int8", "rbe8_g8+fp8", "rbe8_g8+lr2", "rbe8_g8+sp0.2"]
 
 
 def network(tie: bool = True) -> nn.Module:

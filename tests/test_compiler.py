@@ -27,7 +27,7 @@ class Product(torch.nn.Module):
 
 @pytest.mark.parametrize("layout", LAYOUTS + ["rbe8x2_g8+int8", "rbe22_g8+lr2"])
 def test_opcheck_of_every_operator(layout):
-    amplitude = layout.startswith(("rbe22", "rbe32", "rbe9r"))
+    amplitude = layout.startswith(("rbe22", "rbe32", "rbe9r", "rbe4r", "rbe2r"))
     for grad in (False, True):
         case = make_case(layout, 5, 19, (2, 3), amplitude=amplitude)
         if grad:

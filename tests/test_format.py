@@ -33,10 +33,10 @@ def signed(word: int) -> int:
 
 def test_documented_scales_are_bit_exact():
     vectors = rows(3, "rbe")
-    assert len(vectors) == 15
+    assert len(vectors) == 17
     for field, word, scale in vectors:
         words = torch.tensor([[[signed(int(word, 16))]]], dtype=torch.int32)
-        keywords = {"layout": f"{field}_g1", "in_features": 1}
+        keywords = {"layout": f"{field}_g1", "in_features": 1, "seed": SEED_OF_IDX_0 if field.endswith("r") else 0}
         got = torch.ops.rbe.decode(words, torch.ones(1, 256, 1), torch.ones(1), **keywords)
         assert got.item() == float.fromhex(scale), (field, word)
         assert reference.decode(words, torch.ones(1, 256, 1), torch.ones(1), **keywords).item() == float.fromhex(scale), (field, word)
@@ -53,12 +53,12 @@ def test_documented_curve_table_is_the_data_and_the_formulas():
 
 def test_documented_amplitudes_round_to_the_documented_words():
     vectors = rows(4, "rbe", second="0x")
-    assert len(vectors) == 10
+    assert len(vectors) == 15
     for field, amplitude, word, _ in vectors:
-        keywords = {"layout": f"{field}_g1", "in_features": 1, "seed": SEED_OF_IDX_0 if field == "rbe9r" else 0}
+        keywords = {"layout": f"{field}_g1", "in_features": 1, "seed": SEED_OF_IDX_0 if field.endswith("r") else 0}
         value = torch.full((1, 1, 1), float.fromhex(amplitude), dtype=torch.float32)
         assert value.item() == float.fromhex(amplitude)
-        start, made = (torch.tensor([[[signed(w)]]], dtype=torch.int32) for w in (0x001C0000, int(word, 16)))
+        start, made = (torch.tensor([[[signed(w)]]], dtype=torch.int32) for w in ({"rbe4r": 0x140010, "rbe2r": 0x140040}.get(field, 0x1C0000), int(word, 16)))
         want = reference.scale(made, field).item()
         for decode in (torch.ops.rbe.decode, reference.decode):
             assert decode(start, torch.ones(1, 256, 1), torch.ones(1), value, **keywords).item() == want, (field, amplitude)
@@ -76,15 +76,24 @@ def test_documented_seeds_give_the_documented_idx():
 
 def test_documented_rows_pack_to_the_documented_bytes():
     vectors = [row for row in rows(4, "rbe") if row[1].isdigit()]
-    assert len(vectors) == 6
+    assert len(vectors) == 8
     for layout, seed, words, data in vectors:
         stages = split(layout)[1]
         codes = torch.tensor([signed(int(word, 16)) for word in words.split()], dtype=torch.int32).reshape(1, -1, stages)
-        keywords = {"layout": layout, "in_features": 8 * codes.shape[1], "seed": int(seed)}
+        keywords = {"layout": layout, "in_features": split(layout)[2] * codes.shape[1], "seed": int(seed)}
         packed = torch.tensor([list(bytes.fromhex(data))], dtype=torch.uint8)
         for side in (torch.ops.rbe, reference):
             assert torch.equal(side.pack(codes, **keywords), packed), layout
             assert torch.equal(side.unpack(packed, **keywords), codes), layout
+
+
+def test_documented_rows_interleave_to_the_documented_bytes():
+    ((packed, interleaved),) = [row for row in rows(2, "") if row[0][:1].isdigit()]
+    codes = torch.tensor([list(bytes.fromhex(row)) for row in packed.split()], dtype=torch.uint8)
+    columns = torch.tensor([list(bytes.fromhex(column)) for column in interleaved.split()], dtype=torch.uint8)
+    got = torch.ops.rbe.interleave(codes)
+    assert got.shape == (1, codes.shape[1], 64) and torch.equal(got[0, :, : columns.shape[1]], columns)
+    assert not got[0, :, columns.shape[1] :].any()
 
 
 @pytest.mark.parametrize("field", ["rbe22", "rbe32"])
@@ -104,7 +113,7 @@ def test_generated_curve_table_is_the_checked_in_one():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("layout", ["rbe22_g3", "rbe9r_g3", "rbe8_g4", "rbe16s_g8"])
+@pytest.mark.parametrize("layout", ["rbe22_g3", "rbe9r_g3", "rbe4r_g3", "rbe2r_g2", "rbe8_g4", "rbe16s_g8"])
 def test_one_stage_encoding_is_the_joint_minimum(layout):
     case = make_case(layout, 2, 7, (), torch.float64, seed=9)
     weight = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

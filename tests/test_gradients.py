@@ -11,7 +11,7 @@ import rbe_torch  # noqa: F401  registers the operators
 
 # Largest error over the largest entry of a gradient, against the float64 reference on the same numbers.
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-SCALED = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe9r_g7"]
+SCALED = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
 
 
 def leaves(case):
@@ -29,7 +29,7 @@ def function(case):
 
 @pytest.mark.parametrize("layout", LAYOUTS + ["rbe8x2_g8+int8", "rbe22_g8+lr2", "rbe22_g8+sp0.1"])
 def test_gradcheck_and_gradgradcheck(layout):
-    amplitude = layout.startswith(("rbe22", "rbe32", "rbe9r"))
+    amplitude = layout.startswith(("rbe22", "rbe32", "rbe9r", "rbe4r", "rbe2r"))
     case = make_case(layout, 3, 11, (2,), torch.float64, amplitude=amplitude, rounded=not amplitude).require_grad()
     # A derivative across a border of the 256 cells is one-sided: keep amplitudes off the borders.
     if amplitude:
@@ -51,7 +51,7 @@ def test_gradcheck_of_every_entry_once():
 @pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS + ["rbe22_g64", "rbe8x2_g8+fp8"])
 def test_kernels_give_the_gradients_of_the_reference(layout, dtype):
-    amplitude = layout.startswith(("rbe22", "rbe32", "rbe9r"))
+    amplitude = layout.startswith(("rbe22", "rbe32", "rbe9r", "rbe4r", "rbe2r"))
     for m, n, tokens in [(1, 1, (1,)), (37, 301, (5,)), (300, 129, (2, 35)), (5, 70, (130,))]:
         case = make_case(layout, m, n, tokens, dtype, amplitude=amplitude).require_grad()
         dy = torch.randn(*tokens, m, generator=torch.Generator().manual_seed(3)).to(dtype)

@@ -16,8 +16,8 @@ import rbe_torch
 from rbe_torch import Layout, RBELinear
 from rbe_torch.codes import amplitude_of, with_amplitude
 
-LAYOUTS = ["rbe22_g8", "rbe32x2_g5", "rbe8x2_g8", "rbe16s_g8", "rbe9r_g7"]
-TRAINABLE = ["rbe22_g8", "rbe32_g5", "rbe9r_g7"]
+LAYOUTS = ["rbe22_g8", "rbe32x2_g5", "rbe8x2_g8", "rbe16s_g8", "rbe9r_g7", "rbe4r_g3", "rbe2r_g5"]
+TRAINABLE = ["rbe22_g8", "rbe32_g5", "rbe9r_g7", "rbe4r_g3", "rbe2r_g5"]
 FLOAT32_SUM = 2e-5  # absolute, sums of some tens of products of values near 1
 VARIANCE = 0.03  # relative, of a sample of 2^17 weights
 
@@ -515,8 +515,8 @@ def test_param_groups_cover_every_trainable_parameter_once() -> None:
 
 def test_training_refuses_what_it_cannot_do() -> None:
     lin = made()
-    with pytest.raises(ValueError, match="method: is 'latent'"):
-        rbe_torch.prepare_training(lin, method="latent")
+    with pytest.raises(ValueError, match="method: is 'hybrid'"):
+        rbe_torch.prepare_training(lin, method="hybrid")
     for verb in (rbe_torch.prepare_training, rbe_torch.finish_training):
         with pytest.raises(ValueError, match="no RBELinear"):
             verb(nn.Linear(3, 3))

@@ -15,12 +15,12 @@ from rbe_torch.layout import FIELD_BITS
 
 GOOD = {
     "rbe22_g64": ("rbe22", 64, 1, None), "rbe8x2_g8": ("rbe8", 8, 2, None), "rbe8x16_g1": ("rbe8", 1, 16, None),
-    "rbe16s_g8": ("rbe16s", 8, 1, None), "rbe9r_g65536": ("rbe9r", 65536, 1, None), "rbe32_g3+int8": ("rbe32", 3, 1, "int8"),
+    "rbe16s_g8": ("rbe16s", 8, 1, None), "rbe9r_g65536": ("rbe9r", 65536, 1, None), "rbe4rx3_g5": ("rbe4r", 5, 3, None), "rbe2r_g2": ("rbe2r", 2, 1, None), "rbe32_g3+int8": ("rbe32", 3, 1, "int8"),
     "rbe8x2_g8+fp8": ("rbe8", 8, 2, "fp8"), "rbe8_g8+lr8": ("rbe8", 8, 1, "lr8"), "rbe8_g8+sp0.005": ("rbe8", 8, 1, "sp0.005"),
 }
 BAD = [
     "", "rbe", "rbe22", "rbe22_g", "rbe22_g0", "rbe22_g-1", "rbe22_g064", "rbe22_g65537", "rbe22_g99999999999999999999", "rbe22x0_g8", "rbe22x17_g8",
-    "rbe22x_g8", "rbe22x02_g8", "rbe16s_g16", "rbe16_g8", "rbe8r_g8", "RBE22_g64", " rbe22_g64", "rbe22_g64 ", "rbe22_g64\n", "rbe22_g64\0", "rbe22-g64",
+    "rbe22x_g8", "rbe22x02_g8", "rbe16s_g16", "rbe16_g8", "rbe8r_g8", "rbe3r_g8", "RBE22_g64", " rbe22_g64", "rbe22_g64 ", "rbe22_g64\n", "rbe22_g64\0", "rbe22-g64",
     "rbe22_g64+", "rbe22_g64+int4", "rbe22_g64+int8+fp8", "rbe22_g64+lr", "rbe22_g64+lr0", "rbe22_g64+lr65536", "rbe22_g64+sp", "rbe22_g64+sp0", "rbe22_g64+sp0.0",
     "rbe22_g64+sp1", "rbe22_g64+sp1.0", "rbe22_g64+sp.5", "rbe22_g64+sp0.", "rbe22_g64+sp5e-3", "rbe22_g64+sp-0.1", "rbe22_g64+spnan", "rbe22_g٣",
     "rbe22_g64+sp0.0000000000000001",
@@ -65,7 +65,7 @@ def test_bad_layouts_are_refused_by_name_here_and_in_c(text: str) -> None:
     assert not c_parser_accepts(text)
 
 
-pieces = st.sampled_from(["rbe8", "rbe22", "rbe32", "rbe16s", "rbe9r", "rbe", "x", "x2", "x1", "x16", "x17", "_g", "_g8", "_g64", "_g0", "0", "1", "8", "+int8", "+fp8",
+pieces = st.sampled_from(["rbe8", "rbe22", "rbe32", "rbe16s", "rbe9r", "rbe4r", "rbe2r", "rbe", "x", "x2", "x1", "x16", "x17", "_g", "_g8", "_g64", "_g0", "0", "1", "8", "+int8", "+fp8",
                           "+lr", "+lr8", "+sp", "+sp0.5", "0.", ".", "+", "e", " "])  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from rbe_torch import reference
 
 FLOAT64_ERROR = 1e-11  # two orders of float64 sums of some hundred products of size one
 RESIDUALS = ["rbe8x2_g8+int8", "rbe22_g8+fp8", "rbe8_g8+lr3", "rbe22_g8+sp0.1"]
-AMPLITUDES = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe9r_g7"]
+AMPLITUDES = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
 
 
 def product(case, words=None, **changed):

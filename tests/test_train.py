@@ -13,7 +13,7 @@ from torch import nn
 import rbe_torch
 from rbe_torch import RBELinear, reference
 
-TRAINABLE = ["rbe22_g8", "rbe32x2_g5", "rbe9r_g7"]  # codes with amplitudes
+TRAINABLE = ["rbe22_g8", "rbe32x2_g5", "rbe9r_g7", "rbe4r_g3", "rbe2r_g2"]  # codes with amplitudes
 LAYOUTS = [*TRAINABLE, "rbe8x2_g8", "rbe16s_g8"]
 LEARNT = 0.5  # of the first loss; a model that learns nothing stays above 0.9
 # relative to the largest value of a tensor

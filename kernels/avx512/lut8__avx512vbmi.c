@@ -1,19 +1,23 @@
-// 8-bit lookups for additive codes of 8 bits: y[t, i] += factor * sum over q of (table[t, q, idx[i,q]] - 128), tables in bytes.
+// Lookups of additive codes of 8 bits in tables of bytes: y[t, i] += factor * sum over q of (table[t, q, idx[i,q]] - offset).
 //
-//     table[t, q, j] = round(P[t, q, j] / factor[t, b]) + 128,   one factor for a block b of 64 codes: the largest |P| of the block / 127
+//     table[t, q, j] = round(P[t, q, j] / factor[t, b]) + offset,   one factor for a block b of 64 codes
 //
-// A table of 256 bytes lives in four registers; two vpermi2b look 64 rows up at once and bit 7 of the code picks between them. The packed
-// codes are row-major, so a square of 64 rows x 64 codes is turned first: registers r = 0..15 are loaded as
+// One plane: a byte, offset 128, factor = the largest |P| of the block / 127. Three planes: 24 bits as three bytes, offset 2^23, factor a power of
+// two, so that only the rounding to 2^-23 of the largest |P| is lost, less than a float32 sum of that length loses.
+//
+// A table of 256 bytes lives in four registers; two vpermi2b look 64 rows up at once and bit 7 of the code picks between them. Interleaved codes
+// come as such registers; packed codes are row-major, so a square of 64 rows x 64 codes is turned first: registers r = 0..15 are loaded as
 //
 //     lane L of register r = bytes c .. c+15 of row 16 L + r                         (L = 0..3, 16 bytes a lane)
 //
 // and four rounds of unpack(r[i], r[i + 8]) turn the 16 x 16 bytes of every lane, which leaves register b = column c + b of rows 0..63.
 // Sums of 64 bytes fit 16 bits: `all` adds a register as 16-bit lanes, `odd` its high bytes, and even rows are all - 256 odd.
 #include <immintrin.h>
+#include <math.h>
 
 #include "../kernels.h"
 
-enum { SQUARE = 64 };
+enum { SQUARE = 64, AHEAD = 2 };
 
 // The bits of the largest |p|; not below those of infinity if any is not finite.
 static inline uint32_t largest(int64_t count, const float *p) {
@@ -23,17 +27,42 @@ static inline uint32_t largest(int64_t count, const float *p) {
     return _mm512_reduce_max_epu32(top);
 }
 
-bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, uint8_t *table, float *factor) {
+static inline void put_bytes(uint8_t *out, __m512i value) { _mm_storeu_si128((__m128i *)(void *)out, _mm512_cvtepi32_epi8(value)); }
+
+static void quantise8(int64_t size, const float *p, float factor, uint8_t *table) {
+    // below this 1 / factor is not a float: such a block counts as zero
+    const __m512 scale = _mm512_set1_ps(factor > 1e-37f ? 1.0f / factor : 0.0f);
+    for (int64_t i = 0; i < size; i += 16)
+        put_bytes(table + i, _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + i), scale)), _mm512_set1_epi32(128)));
+}
+
+// [count][3][256], lowest byte first
+static void quantise24(int64_t count, const float *p, float exponent, uint8_t *table) {
+    const __m512 power = _mm512_set1_ps(-exponent);
+    const __m512i top = _mm512_set1_epi32((1 << 24) - 1), middle = _mm512_set1_epi32(1 << 23);
+    for (int64_t q = 0; q < count; ++q, table += 3 * RBE_BASIS_VECTORS) {
+        for (int64_t j = 0; j < RBE_BASIS_VECTORS; j += 16, p += 16) {
+            const __m512i step = _mm512_cvtps_epi32(_mm512_scalef_ps(_mm512_loadu_ps(p), power));
+            const __m512i value = _mm512_min_epi32(_mm512_add_epi32(step, middle), top);  // 2^23 itself is a step too far
+            put_bytes(table + j, value);
+            put_bytes(table + RBE_BASIS_VECTORS + j, _mm512_srli_epi32(value, 8));
+            put_bytes(table + 2 * RBE_BASIS_VECTORS + j, _mm512_srli_epi32(value, 16));
+        }
+    }
+}
+
+bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, int planes, uint8_t *table, float *factor) {
     const int64_t size = count * RBE_BASIS_VECTORS;
     const uint32_t top = largest(size, p);
     if (top >= 0x7F800000u) return false;
     const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
-    *factor = most / 127.0f;
-    // below this 1 / factor is not a float: such a block counts as zero
-    const __m512 scale = _mm512_set1_ps(*factor > 1e-37f ? 1.0f / *factor : 0.0f);
-    for (int64_t i = 0; i < size; i += 16) {
-        const __m512i step = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + i), scale));
-        _mm_storeu_si128((__m128i *)(void *)(table + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(step, _mm512_set1_epi32(128))));
+    if (planes == 1) {
+        *factor = most / 127.0f;
+        quantise8(size, p, *factor, table);
+    } else {
+        const int exponent = top < 0x0C800000u ? -125 : (int)(top >> 23) - 126 - 23;  // most < 2^(exponent + 23); of the smallest floats, nothing
+        *factor = ldexpf(1.0f, exponent);
+        quantise24(count, p, (float)exponent, table);
     }
     return true;
 }
@@ -43,6 +72,17 @@ static inline void copy_square(const uint8_t *idx, int64_t rows, int64_t stride,
     const __mmask64 mask = count >= SQUARE ? ~0ull : (1ull << count) - 1;
     for (int64_t r = 0; r < SQUARE; ++r)  // rows that do not exist read the last one: nobody looks at their sums
         _mm512_store_si512(square + r, _mm512_maskz_loadu_epi8(mask, idx + (r < rows ? r : rows - 1) * stride));
+}
+
+static inline void turn16(const uint8_t *square, __m512i *column);
+
+void rbe_turn_bytes__avx512vbmi(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row) {
+    __m512i square[SQUARE], column[16];
+    for (int64_t r = 0; r < SQUARE; ++r) square[r] = _mm512_loadu_si512(in + r * in_row);
+    for (int c = 0; c < SQUARE; c += 16) {
+        turn16((const uint8_t *)square + c, column);
+        for (int b = 0; b < 16; ++b) _mm512_storeu_si512(out + (c + b) * out_row, column[b]);
+    }
 }
 
 static inline __m512i four_rows(const uint8_t *square) {
@@ -74,51 +114,102 @@ static inline void turn16(const uint8_t *square, __m512i *column) {
     for (int r = 0; r < 16; ++r) _mm512_store_si512(column + r, a[r]);
 }
 
-static inline void add16(float *y, __m512i sums, int half, __m512 factor, __m512i zero_point) {
-    const __m256i part = half ? _mm512_extracti64x4_epi64(sums, 1) : _mm512_castsi512_si256(sums);
-    const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu16_epi32(part), zero_point));
+// 16 rows: their 16-bit sums of each plane -> y
+static inline __attribute__((always_inline)) void add16(float *y, const __m512i *sums, int half, int planes, __m512 factor, __m512i offset) {
+    __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 3
+    for (int p = 0; p < planes; ++p) {
+        const __m256i part = half ? _mm512_extracti64x4_epi64(sums[p], 1) : _mm512_castsi512_si256(sums[p]);
+        total = _mm512_add_epi32(total, _mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 8 * (unsigned)p));
+    }
+    const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(total, offset));
     _mm512_storeu_ps(y, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(y)));
 }
 
 // 64 rows, `count` codes, one token. Asks for a line of codes, from `ahead` on, at every step.
-static inline void look_up(int64_t count, const __m512i *column, const uint8_t *table, float factor, float *y, uintptr_t ahead, int64_t stride) {
-    __m512i all = _mm512_setzero_si512(), odd = all;
-    for (int64_t q = 0; q < count; ++q, table += RBE_BASIS_VECTORS) {
-        const __m512i code = column[q];
-        const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), code, _mm512_loadu_si512(table + 64));
-        const __m512i up = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), code, _mm512_loadu_si512(table + 192));
-        const __m512i value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, up);
-        all = _mm512_add_epi16(all, value);
-        odd = _mm512_add_epi16(odd, _mm512_srli_epi16(value, 8));
+static inline __attribute__((always_inline)) void look_up(int64_t count, const uint8_t *column, const int planes, const uint8_t *table,
+                                                          float factor, float *y, uintptr_t ahead, int64_t stride) {
+    __m512i all[3], odd[3], first[3], second[3];
+#pragma GCC unroll 3
+    for (int p = 0; p < planes; ++p) all[p] = odd[p] = _mm512_setzero_si512();
+    for (int64_t q = 0; q < count; ++q) {
+        const __m512i code = _mm512_loadu_si512(column + q * SQUARE);
+        const __mmask64 upper = _mm512_movepi8_mask(code);
+#pragma GCC unroll 3
+        for (int p = 0; p < planes; ++p, table += RBE_BASIS_VECTORS) {
+            const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), code, _mm512_loadu_si512(table + 64));
+            const __m512i up = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), code, _mm512_loadu_si512(table + 192));
+            const __m512i value = _mm512_mask_blend_epi8(upper, low, up);
+            all[p] = _mm512_add_epi16(all[p], value);
+            odd[p] = _mm512_add_epi16(odd[p], _mm512_srli_epi16(value, 8));
+        }
         _mm_prefetch((const char *)(ahead + (uintptr_t)(q * stride)), _MM_HINT_T1);
     }
-    const __m512i even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
-    // rows 0, 2, .. in even, 1, 3, .. in odd: interleave within lanes, then put the lanes in order
-    const __m512i lo = _mm512_unpacklo_epi16(even, odd), hi = _mm512_unpackhi_epi16(even, odd);  // lane L: rows 16L .. +7, 16L+8 .. +15
-    const __m512i first = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
-    const __m512i second = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+#pragma GCC unroll 3
+    for (int p = 0; p < planes; ++p) {
+        const __m512i even = _mm512_sub_epi16(all[p], _mm512_slli_epi16(odd[p], 8));
+        // rows 0, 2, .. in even, 1, 3, .. in odd: interleave within lanes, then put the lanes in order
+        const __m512i lo = _mm512_unpacklo_epi16(even, odd[p]), hi = _mm512_unpackhi_epi16(even, odd[p]);
+        first[p] = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
+        second[p] = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+    }
     const __m512 f = _mm512_set1_ps(factor);
-    const __m512i zero_point = _mm512_set1_epi32((int)(128 * count));
-    add16(y, first, 0, f, zero_point);
-    add16(y + 16, first, 1, f, zero_point);
-    add16(y + 32, second, 0, f, zero_point);
-    add16(y + 48, second, 1, f, zero_point);
+    const __m512i offset = _mm512_set1_epi32((int)(count << (8 * planes - 1)));
+    add16(y, first, 0, planes, f, offset);
+    add16(y + 16, first, 1, planes, f, offset);
+    add16(y + 32, second, 0, planes, f, offset);
+    add16(y + 48, second, 1, planes, f, offset);
 }
 
-void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, const uint8_t *table,
-                               const float *factor, float *y, int64_t y_token) {
+// What is looked up of 64 rows: `count` columns of codes at `column`, every token.
+typedef struct lookup {
+    int64_t tokens, codes, q0;
+    int planes;
+    const uint8_t *table;
+    const float *factor;
+} lookup;
+
+static void look_up_all(const lookup *l, int64_t count, const uint8_t *column, float *y, int64_t y_token, uintptr_t ahead, int64_t stride) {
+    const int64_t blocks = (l->codes + SQUARE - 1) / SQUARE;
+    for (int64_t t = 0; t < l->tokens; ++t) {
+        const uint8_t *table = l->table + (t * l->codes + l->q0) * l->planes * RBE_BASIS_VECTORS;
+        const float factor = l->factor[t * blocks + l->q0 / SQUARE];
+        if (l->planes == 1)
+            look_up(count, column, 1, table, factor, y + t * y_token, ahead, stride);
+        else
+            look_up(count, column, 3, table, factor, y + t * y_token, ahead, stride);
+    }
+}
+
+void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, int planes,
+                               const uint8_t *table, const float *factor, float *y, int64_t y_token) {
     const int64_t blocks = (count + SQUARE - 1) / SQUARE;
     __m512i square[SQUARE], column[SQUARE];
+    lookup l = {tokens, count, 0, planes, table, factor};
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t q0 = b * SQUARE, some = count - q0 < SQUARE ? count - q0 : SQUARE;
+        l.q0 = b * SQUARE;
+        const int64_t some = count - l.q0 < SQUARE ? count - l.q0 : SQUARE;
         for (int64_t i = 0; i < rows; i += SQUARE) {
-            copy_square(idx + i * idx_row + q0, rows - i, idx_row, some, square);
+            copy_square(idx + i * idx_row + l.q0, rows - i, idx_row, some, square);
             for (int c = 0; c < SQUARE; c += 16) turn16((const uint8_t *)square + c, column + c);
             // two squares on, or the first ones of the rows that come next; an integer, for it may lie outside the codes
-            const int64_t on = b + 2 < blocks ? i * idx_row + q0 + 2 * SQUARE : (i + rows) * idx_row + (b + 2 - blocks) * SQUARE;
-            for (int64_t t = 0; t < tokens; ++t)
-                look_up(some, column, table + (t * count + q0) * RBE_BASIS_VECTORS, factor[t * blocks + b], y + t * y_token + i,
-                        (uintptr_t)idx + (uintptr_t)on, idx_row);
+            const int64_t on = b + 2 < blocks ? i * idx_row + l.q0 + 2 * SQUARE : (i + rows) * idx_row + (b + 2 - blocks) * SQUARE;
+            look_up_all(&l, some, (const uint8_t *)column, y + i, y_token, (uintptr_t)idx + (uintptr_t)on, idx_row);
+        }
+    }
+}
+
+void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
+                                      const float *factor, float *y, int64_t y_token) {
+    const int64_t blocks = (count + SQUARE - 1) / SQUARE, tiles = (rows + SQUARE - 1) / SQUARE;
+    lookup l = {tokens, count, 0, planes, table, factor};
+    for (int64_t b = 0; b < blocks; ++b) {
+        l.q0 = b * SQUARE;
+        const int64_t some = count - l.q0 < SQUARE ? count - l.q0 : SQUARE;
+        for (int64_t i = 0; i < tiles; ++i) {
+            // AHEAD tiles on in the order of reading
+            const int64_t next = i + AHEAD, at = next < tiles ? next * count + l.q0 : (next - tiles) * count + l.q0 + SQUARE;
+            look_up_all(&l, some, idx + (i * count + l.q0) * SQUARE, y + i * SQUARE, y_token, (uintptr_t)idx + (uintptr_t)(at * SQUARE), SQUARE);
         }
     }
 }

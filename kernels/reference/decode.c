@@ -2,7 +2,8 @@
 //
 //     scale = (-1)^sign (T[amp] + (T[amp+1] - T[amp]) amp_fine / 1024)      every operation rounded to float32, no FMA (-ffp-contract=off)
 //
-// An amplitude a is sign = a < 0, u = min(|a|, 1 - 2^-18), rounded half up to a multiple of 2^-8 (rbe22, rbe9r) or 2^-18 (rbe32).
+// An amplitude a is sign = a < 0, u = min(|a|, 1 - 2^-18), rounded half up to a multiple of 2^-8 (rbe22, rbe9r) or 2^-18 (rbe32); rbe4r and rbe2r cut
+// [0, 1) into 8 or 2 cells and take the middle of the one that u is in.
 #include <float.h>
 #include <math.h>
 
@@ -22,10 +23,12 @@ float rbe_reference_scale(rbe_field field, uint32_t word) {
 }
 
 uint32_t rbe_reference_amplitude_word(rbe_field field, uint32_t word, double a) {
-    const uint32_t steps = field == RBE_FIELD_RBE32 ? 1u << 18 : 1u << 8;
+    const int unstored = rbe_field_amp_unstored(field);
+    const uint32_t steps = field == RBE_FIELD_RBE32 ? 1u << 18 : 1u << (8 - unstored);
     const double scaled = fmin(fabs(a), largest_u) * steps, whole = floor(scaled);  // both exact
-    uint32_t k = (uint32_t)whole + (scaled - whole >= 0.5);                         // scaled + 0.5 could round
+    uint32_t k = (uint32_t)whole + (scaled - whole >= 0.5 && !unstored);            // scaled + 0.5 could round
     if (k > steps - 1) k = steps - 1;
+    if (unstored) k = k << unstored | 1u << (unstored - 1);
     const uint32_t amp = field == RBE_FIELD_RBE32 ? k >> 10 : k, fine = field == RBE_FIELD_RBE32 ? k & 1023u : 0u;
     const uint32_t kept = word & ~(1023u << RBE_FINE_SHIFT | 1u << RBE_SIGN_SHIFT | 255u << RBE_AMP_SHIFT);
     return kept | fine << RBE_FINE_SHIFT | (uint32_t)(a < 0.0) << RBE_SIGN_SHIFT | amp << RBE_AMP_SHIFT;

@@ -15,7 +15,7 @@ extern "C" {
 // Bit-exact float32 scale of a word, sign included; 1 for rbe8 and rbe16s. fine is 0 in words of every layout but rbe32.
 float rbe_reference_scale(rbe_field field, uint32_t word);
 
-// The word with sign, amp and amp_fine of amplitude a: rbe22, rbe9r and rbe32 only. a must not be NaN.
+// The word with sign, amp and amp_fine of amplitude a: layouts whose codes have a scale only. a must not be NaN.
 uint32_t rbe_reference_amplitude_word(rbe_field field, uint32_t word, double a);
 
 // The scale that amplitude a gives: that of the word above, or (not rounded) the table interpolated at |a| in float64. NaN stays NaN.

@@ -21,14 +21,21 @@ static uint32_t stored_bits(const uint8_t *row, int64_t first_bit, int bits) {
 uint32_t rbe_reference_word(const rbe_weight *w, int64_t row, int64_t group, int64_t stage) {
     if (w->words) return (uint32_t)w->words[code_index(w, row, group, stage)];
     const rbe_layout *l = &w->layout;
+    if (w->interleaved) {
+        const int64_t q = group * l->stages + stage, codes = w->groups * l->stages, tile = row / RBE_INTERLEAVED_ROWS;
+        return (uint32_t)w->interleaved[(tile * codes + q) * RBE_INTERLEAVED_ROWS + row % RBE_INTERLEAVED_ROWS] << RBE_IDX_SHIFT;
+    }
     const uint32_t b = stored_bits(w->packed + row * w->packed_stride, (group * l->stages + stage) * l->bits, l->bits);
     switch (l->field) {
         case RBE_FIELD_RBE8: return b << RBE_IDX_SHIFT;
         case RBE_FIELD_RBE16S: return b >> 8 << RBE_IDX_SHIFT | (b & 255u);
-        case RBE_FIELD_RBE9R: {
+        case RBE_FIELD_RBE9R:
+        case RBE_FIELD_RBE4R:
+        case RBE_FIELD_RBE2R: {
+            const int unstored = rbe_field_amp_unstored(l->field), amp = 8 - unstored;
             const uint32_t idx = rbe_seeded_idx(w->seed, (uint64_t)(w->row0 + row), (uint64_t)(w->k0 + group), (uint64_t)stage,
                                                 (uint64_t)w->groups_total, (uint64_t)l->stages);
-            return rbe_field_constant(l->field) | idx << RBE_IDX_SHIFT | b >> 8 << RBE_SIGN_SHIFT | (b & 255u);
+            return rbe_field_constant(l->field) | idx << RBE_IDX_SHIFT | b >> amp << RBE_SIGN_SHIFT | (b & ((1u << amp) - 1u)) << unstored;
         }
         default: return b;
     }

@@ -54,9 +54,13 @@ V_INLINE vi code_words(rbe_field field, const rbe_code_row *row, int64_t q) {
     switch (field) {
         case RBE_FIELD_RBE8: return vi_shl(b, RBE_IDX_SHIFT);
         case RBE_FIELD_RBE16S: return vi_or(vi_and(b, vi_set1(255)), vi_shl(vi_shr(b, 8), RBE_IDX_SHIFT));
-        case RBE_FIELD_RBE9R: {
-            const vi idx = vi_shl(seeded_idx(row, q), RBE_IDX_SHIFT), curve = vi_set1((int32_t)rbe_field_constant(RBE_FIELD_RBE9R));
-            return vi_or(vi_or(vi_and(b, vi_set1(255)), vi_shl(vi_shr(b, 8), RBE_SIGN_SHIFT)), vi_or(idx, curve));
+        case RBE_FIELD_RBE9R:
+        case RBE_FIELD_RBE4R:
+        case RBE_FIELD_RBE2R: {
+            const int unstored = rbe_field_amp_unstored(field), amp = 8 - unstored;
+            const vi idx = vi_shl(seeded_idx(row, q), RBE_IDX_SHIFT), constant = vi_set1((int32_t)rbe_field_constant(field));
+            const vi stored = vi_or(vi_shl(vi_and(b, vi_set1((1 << amp) - 1)), unstored), vi_shl(vi_shr(b, amp), RBE_SIGN_SHIFT));
+            return vi_or(stored, vi_or(idx, constant));
         }
         default: return b;
     }
@@ -64,7 +68,7 @@ V_INLINE vi code_words(rbe_field field, const rbe_code_row *row, int64_t q) {
 
 V_INLINE vi word_idx(vi word) { return vi_and(vi_shr(word, RBE_IDX_SHIFT), vi_set1(255)); }
 
-// Where on its curve a code lies. amplitude: V_WIDTH values that replace sign, amp and amp_fine, rounded half up; or NULL.
+// Where on its curve a code lies. amplitude: V_WIDTH values that replace sign, amp and amp_fine, rounded as kernels/reference/decode.c says; or NULL.
 V_INLINE points curve_points(rbe_field field, vi word, const float *amplitude, int64_t lanes) {
     const vi curve = vi_or(vi_shl(vi_and(vi_shr(word, RBE_SUB_SHIFT), vi_set1(15)), 1), vi_and(vi_shr(word, RBE_DERIV_SHIFT), vi_set1(1)));
     points p = {vi_mul(curve, vi_set1(RBE_CURVE_POINTS)), vi_shr(word, RBE_FINE_SHIFT), vi_shl(vi_shr(word, RBE_SIGN_SHIFT), 31), vi_set1(0)};
@@ -72,11 +76,13 @@ V_INLINE points curve_points(rbe_field field, vi word, const float *amplitude, i
         p.at = vi_add(p.at, vi_and(word, vi_set1(255)));
         return p;
     }
-    const int32_t steps = field == RBE_FIELD_RBE32 ? 1 << 18 : 1 << 8;
+    const int unstored = rbe_field_amp_unstored(field);
+    const int32_t steps = field == RBE_FIELD_RBE32 ? 1 << 18 : 1 << (8 - unstored);
     const vf a = v_load_n(amplitude, lanes), scaled = v_mul(v_min(v_abs(a), v_set1(1.0f - 0x1p-18f)), v_set1((float)steps));
     const vi whole = v_to_int(scaled);
     const vf inside = v_sub(scaled, v_from_int(whole));
-    const vi k = vi_min(vi_add(whole, v_to_int(v_add(inside, inside))), vi_set1(steps - 1));  // one more if inside >= 1/2
+    const vi k = unstored ? vi_or(vi_shl(whole, unstored), vi_set1(1 << (unstored - 1)))
+                          : vi_min(vi_add(whole, v_to_int(v_add(inside, inside))), vi_set1(steps - 1));  // one more if inside >= 1/2
     p.nan = v_nan(a);
     p.sign = vi_and(v_lt(a, v_zero()), vi_set1(INT32_MIN));
     p.at = vi_add(p.at, field == RBE_FIELD_RBE32 ? vi_shr(k, 10) : k);

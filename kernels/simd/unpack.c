@@ -42,7 +42,8 @@ void RBE_KERNEL(unpack)(const rbe_code_row *row, int64_t q0, int64_t count, uint
                 unpack_as(RBE_FIELD_RBE8, row, q0, count, idx, scale, signs);
             break;
         case RBE_FIELD_RBE16S: unpack_as(RBE_FIELD_RBE16S, row, q0, count, idx, scale, signs); break;
-        default: unpack_as(RBE_FIELD_RBE9R, row, q0, count, idx, scale, signs); break;
+        case RBE_FIELD_RBE9R: unpack_as(RBE_FIELD_RBE9R, row, q0, count, idx, scale, signs); break;
+        default: unpack_as(row->field, row, q0, count, idx, scale, signs); break;
     }
 }
 

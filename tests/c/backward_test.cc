@@ -111,7 +111,7 @@ TEST(Backward, TypesAndStrides) {
 
 TEST(Backward, AmplitudesAndTheirGradient) {
     std::mt19937 random(5);
-    for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5"}) {
+    for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5", "rbe4r_g5", "rbe2r_g3"}) {
         Backward b(layout, 33, 70, 9, random, Weight::kAmplitude);
         b.weight.amplitude[0] = 1.0f, b.weight.amplitude[1] = -1.0f, b.weight.amplitude[2] = 0.0f, b.weight.amplitude[3] = 3.0f;
         b.reference();

@@ -32,7 +32,7 @@ TEST(EncodeStages, ComeNearTheBestPairs) {
 TEST(EncodeStages, FindWhatWasMadeFromCodes) {
     // Vectors far apart and stages that shrink: the codes that made W are the only good ones.
     std::mt19937 random(47);
-    for (const char *layout : {"rbe8x3_g16", "rbe16sx2_g8", "rbe22x2_g32", "rbe32x2_g32", "rbe9rx2_g32"}) {
+    for (const char *layout : {"rbe8x3_g16", "rbe16sx2_g8", "rbe22x2_g32", "rbe32x2_g32", "rbe9rx2_g32", "rbe4rx2_g32"}) {
         Problem p(layout, 3, 64, random);
         const int64_t g = p.w.layout.group, stages = p.w.layout.stages;
         for (int64_t s = 0; s < stages; ++s)
@@ -43,7 +43,7 @@ TEST(EncodeStages, FindWhatWasMadeFromCodes) {
                 std::vector<uint32_t> codes;
                 for (int64_t s = 0; s < stages; ++s) {
                     uint32_t word = ((uint32_t)random() & rbe_field_mask(p.w.layout.field)) | rbe_field_constant(p.w.layout.field);
-                    if (p.w.layout.field == RBE_FIELD_RBE9R) word = (word & ~(255u << RBE_IDX_SHIFT)) | p.seeded(i, k, s) << RBE_IDX_SHIFT;
+                    if (rbe_field_seeded(p.w.layout.field)) word = (word & ~(255u << RBE_IDX_SHIFT)) | p.seeded(i, k, s) << RBE_IDX_SHIFT;
                     codes.push_back(word | 128u);  // a scale that is not near zero
                 }
                 for (int64_t e = 0; e < g; ++e) {
@@ -69,7 +69,7 @@ TEST(EncodeStages, FindWhatWasMadeFromCodes) {
 
 TEST(EncodeStages, DoNotDependOnThreadsOrStrides) {
     std::mt19937 random(48);
-    for (const char *layout : {"rbe8x2_g8", "rbe8x4_g3", "rbe16sx2_g8", "rbe22x2_g4", "rbe9rx3_g5", "rbe32_g8", "rbe22_g64"}) {
+    for (const char *layout : {"rbe8x2_g8", "rbe8x4_g3", "rbe16sx2_g8", "rbe22x2_g4", "rbe9rx3_g5", "rbe2rx3_g5", "rbe32_g8", "rbe22_g64"}) {
         Problem p(layout, 7, 20, random);
         p.must_encode();
         const std::vector<int32_t> alone = p.words;
@@ -96,7 +96,7 @@ TEST(EncodeStages, DoNotDependOnThreadsOrStrides) {
 
 TEST(Encode, EveryWordIsOneThatTheLayoutHolds) {
     std::mt19937 random(49);
-    for (const char *layout : {"rbe32_g3", "rbe22x2_g4", "rbe8x16_g2", "rbe16sx3_g8", "rbe9rx2_g7", "rbe22_g1", "rbe8_g300"}) {
+    for (const char *layout : {"rbe32_g3", "rbe22x2_g4", "rbe8x16_g2", "rbe16sx3_g8", "rbe9rx2_g7", "rbe4rx2_g7", "rbe22_g1", "rbe8_g300"}) {
         Problem p(layout, 3, 23, random);
         p.w.row0 = 11, p.w.k0 = 2, p.w.groups_total = p.w.groups + 4;
         p.must_encode();

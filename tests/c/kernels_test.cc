@@ -21,7 +21,7 @@ TEST(Decode, EveryIsaAndLayout) {
 
 TEST(Kernels, ScalesAreThoseOfTheReferenceBitForBit) {
     std::mt19937 random(16);
-    for (const char *layout : {"rbe32_g1", "rbe22_g1", "rbe9r_g1", "rbe22x3_g2"}) {
+    for (const char *layout : {"rbe32_g1", "rbe22_g1", "rbe9r_g1", "rbe4r_g1", "rbe2r_g1", "rbe22x3_g2"}) {
         for (Weight::Codes codes : {Weight::kWords, Weight::kPacked, Weight::kAmplitude}) {
             Weight weight(layout, 3, 1037, random, codes);
             const int64_t count = weight.w.groups * weight.w.layout.stages;

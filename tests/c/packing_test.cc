@@ -15,6 +15,8 @@ std::vector<uint8_t> packed_by_hand(const Weight &weight, int64_t row) {
     if (l.field == RBE_FIELD_RBE8) field(10, 8);
     if (l.field == RBE_FIELD_RBE16S) field(0, 8), field(10, 8);
     if (l.field == RBE_FIELD_RBE9R) field(0, 8), field(9, 1);
+    if (l.field == RBE_FIELD_RBE4R) field(5, 3), field(9, 1);
+    if (l.field == RBE_FIELD_RBE2R) field(7, 1), field(9, 1);
     const int64_t count = weight.w.groups * l.stages;
     std::vector<uint8_t> bytes((size_t)((count * (int64_t)places.size() + 7) / 8));
     for (int64_t q = 0; q < count; ++q) {
@@ -27,7 +29,7 @@ std::vector<uint8_t> packed_by_hand(const Weight &weight, int64_t row) {
     return bytes;
 }
 
-const char *const kFields[] = {"rbe32", "rbe22", "rbe8", "rbe16s", "rbe9r"};
+const char *const kFields[] = {"rbe32", "rbe22", "rbe8", "rbe16s", "rbe9r", "rbe4r", "rbe2r"};
 
 TEST(Packing, ExactBitsBothWaysAtEveryCount) {
     std::mt19937 random(21);
@@ -75,7 +77,7 @@ TEST(Packing, RefusesEveryBitThatTheLayoutDoesNotStore) {
             Weight weight(std::string(field) + "x2_g8", 2, 20, random);
             const rbe_field f = weight.w.layout.field;
             const bool stored = (rbe_field_mask(f) & ~rbe_field_constant(f)) >> bit & 1u;
-            const bool drawn = f == RBE_FIELD_RBE9R && bit >= RBE_IDX_SHIFT && bit < RBE_SUB_SHIFT;
+            const bool drawn = rbe_field_seeded(f) && bit >= RBE_IDX_SHIFT && bit < RBE_SUB_SHIFT;
             weight.words[9] ^= (int32_t)(1u << bit);  // row 1, group 1, stage 1
             std::vector<uint8_t> packed(200);
             rbe_error err = {};
@@ -127,8 +129,8 @@ TEST(Packing, RefusesShapesThatDoNotAgree) {
     refused("a shard before the layer", "row0, k0", [](rbe_weight &w) { w.row0 = -1; });
     refused("a shard past the layer's groups", "row0, k0", [](rbe_weight &w) { w.k0 = w.groups_total; });
     refused("another seed", "seed", [](rbe_weight &w) { w.seed ^= 1; });
-    refused("neither words nor bytes", "neither", [](rbe_weight &w) { w.words = nullptr; });
-    refused("both words and bytes", "both", [](rbe_weight &w) { w.packed = (const uint8_t *)w.words; });
+    refused("neither words nor bytes", "not in 0", [](rbe_weight &w) { w.words = nullptr; });
+    refused("both words and bytes", "not in 2", [](rbe_weight &w) { w.packed = (const uint8_t *)w.words; });
     refused("a field that is none", "layout", [](rbe_weight &w) { w.layout.field = RBE_FIELD_COUNT; });
     refused("bits of another field", "layout", [](rbe_weight &w) { w.layout.bits = 22; });
     refused("no stages", "layout", [](rbe_weight &w) { w.layout.stages = 0; });

@@ -198,7 +198,7 @@ struct Wide {
 TEST(Reference, GradientsAreThoseOfFiniteDifferences) {
     std::mt19937 random(34);
     for (const char *layout :
-         {"rbe32_g3", "rbe22x2_g5", "rbe9r_g4", "rbe8x2_g4", "rbe16s_g8", "rbe22_g100", "rbe8_g8+int8", "rbe22_g3+lr2"}) {
+         {"rbe32_g3", "rbe22x2_g5", "rbe9r_g4", "rbe4r_g4", "rbe2r_g3", "rbe8x2_g4", "rbe16s_g8", "rbe22_g100", "rbe8_g8+int8", "rbe22_g3+lr2"}) {
         const int64_t m = 3, n = 11, tokens = 4;
         const bool scaled = std::string(layout).rfind("rbe8", 0) && std::string(layout).rfind("rbe16s", 0);
         Wide wide(layout, m, n, random, scaled);

@@ -1,0 +1,87 @@
+"""What RBELinear is compared with at equal bytes: layers of few bytes, each trained through its own quantiser (straight-through estimator).
+
+    Quantised     dense m x n, int8 or int4 a weight, a scale a row
+    LowRank       W = U V, both Quantised
+    BlockSparse   8 x 8 blocks kept by a seeded random mask (which costs nothing), Quantised
+    LittleBit     W = diag(h) sign(U) diag(l) sign(V)^T diag(g)                                        arXiv 2506.13771
+
+`layer.bytes` counts weights and fp16 scales; biases are the same everywhere and not counted. Latent weights and scales are float32 while they train.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 8
+START = 2.5  # int4: the largest level starts at so many standard deviations
+
+
+def straight_through(rounded: Tensor, value: Tensor) -> Tensor:
+    return value + (rounded - value).detach()
+
+
+class Quantised(nn.Module):
+    """y = x W^T + bias, W [m, n] of int8 (scale: the row's largest) or int4 (scale learnt, LSQ, arXiv 1902.08153); `mask` holds what may differ from 0."""
+
+    def __init__(self, n: int, m: int, bits: int, bias: bool = True, mask: Tensor | None = None) -> None:
+        super().__init__()
+        kept = 1.0 if mask is None else float(mask.mean())
+        deviation = 1 / math.sqrt(n * max(kept, 1e-9))
+        self.weight = nn.Parameter(torch.randn(m, n) * deviation * (1 if mask is None else mask))
+        self.bias = nn.Parameter(torch.zeros(m)) if bias else None
+        self.bits, self.largest = bits, 2 ** (bits - 1) - 1
+        self.log_scale = nn.Parameter(torch.full((m,), math.log(START * deviation / self.largest))) if bits < 8 else None
+        self.register_buffer("mask", mask, persistent=False)
+        self.bytes = m * n * kept * bits / 8 + 2 * m
+
+    def quantised(self) -> Tensor:
+        weight = self.weight if self.mask is None else self.weight * self.mask
+        if self.log_scale is None:
+            scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / self.largest
+            return straight_through((weight / scale).round() * scale, weight)
+        scale = self.log_scale.exp()[:, None]
+        inside = (weight / scale).clamp(-self.largest - 1, self.largest)
+        return straight_through(inside.round(), inside) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.quantised(), self.bias)
+
+
+class BlockSparse(Quantised):
+    """Quantised with a share `kept` of its 8 x 8 blocks."""
+
+    def __init__(self, n: int, m: int, bits: int, kept: float) -> None:
+        across, down = n // BLOCK, m // BLOCK
+        mask = torch.zeros(down * across)
+        mask[torch.randperm(down * across)[: max(1, round(kept * down * across))]] = 1
+        mask = mask.view(down, 1, across, 1).expand(down, BLOCK, across, BLOCK).reshape(m, n)
+        super().__init__(n, m, bits, mask=mask.contiguous())
+
+
+class LowRank(nn.Module):
+    def __init__(self, n: int, m: int, bits: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = Quantised(n, rank, bits, bias=False), Quantised(rank, m, bits)
+        self.bytes = self.down.bytes + self.up.bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class LittleBit(nn.Module):
+    """Signs of U [m, r] and V [n, r] in the forward pass, their gradients straight through; scales h [m], g [n], l [r]."""
+
+    def __init__(self, n: int, m: int, rank: int) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(m, rank) * 0.02), nn.Parameter(torch.randn(n, rank) * 0.02)
+        self.h, self.g, self.l = (nn.Parameter(torch.full((size,), value)) for size, value in ((m, 1 / math.sqrt(n * rank)), (n, 1.0), (rank, 1.0)))
+        self.bias = nn.Parameter(torch.zeros(m))
+        self.bytes = rank * (m + n) / 8 + 2 * (m + n + rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = (straight_through(torch.where(w < 0, -1.0, 1.0), w) for w in (self.u, self.v))
+        return F.linear(F.linear(x * self.g, v.t()) * self.l, u) * self.h + self.bias
