@@ -17,7 +17,7 @@ from rbe_torch.layout import Layout
 from rbe_torch.linear import RBELinear
 
 ROUNDING = 1e-3  # float32 moments of a few thousand tokens
-LAYOUTS = ["rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe16sx2_g8", "rbe22_g8", "rbe32_g8", "rbe9r_g16", "rbe8x2_g8+lr4", "rbe8x2_g8+sp0.02"]
+LAYOUTS = ["rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe16sx2_g8", "rbe22_g8", "rbe32_g8", "rbe9r_g16", "rbe4r_g8", "rbe8x2_g8+lr4", "rbe8x2_g8+sp0.02"]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
