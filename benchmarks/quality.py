@@ -1,14 +1,16 @@
 """Accuracy per byte: rbe_torch against other ways to store weights in few bits, on all-MiniLM-L6-v2, everything counted.
 
     python benchmarks/quality.py --data DIR                       every row (an hour or more on one core)
-    python benchmarks/quality.py --data DIR --only "rbe8x2_g8"    rows whose name contains this; others are kept from the JSON of an earlier run
+    python benchmarks/quality.py --data DIR --only "x2_g8|GPTQ"   rows whose name contains this or that, in this order
+
+A row that OUT/quality.json has already is kept, so that a table can be made in pieces.
 
 DIR holds stsb/sts-train.csv, stsb/sts-dev.csv, sst2/train.tsv and sst2/dev.tsv. Calibration is 1,024 sentences drawn from the training parts of both,
 the same for every method, and fine-tuning draws from the training parts too; scores are on the dev parts, which nothing was chosen on:
 
     cosine      mean over the 3,000 sentences of STS-B dev to the dense model's own embeddings
     Spearman    of STS-B dev's similarities
-    SST-2       accuracy on dev of a linear probe that was fitted to the dense embeddings of 4,000 training sentences
+    SST-2       accuracy on dev of a linear probe that was fitted to the dense embeddings of 2,000 training sentences
 
 All linear layers are compressed (10.8 M weights); embeddings stay as they are for every method. Bits: everything that a layer stores over its weights.
 """
@@ -37,7 +39,7 @@ from rbe_torch import calibrate, evaluate, models, moments, replace, text, walk 
 
 SAMPLES = 1024
 TUNE_SENTENCES = 16384
-PROBE_SENTENCES = 4000
+PROBE_SENTENCES = 2000
 OURS = ("rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe8x3_g8", "rbe8x4_g8")
 
 
@@ -89,10 +91,10 @@ def tuned(task: Task, layout: str, minutes: float) -> Result:
 
     model = models.load_dense(task.source)
     report = rbe_torch.compress(model, layout, calibration=task.calibration)
+    task.keep(f"{layout} calibrated", {"bits": report.bits_per_weight, **task.score(model), "seconds": report.seconds})
     calls = walk.calls_of(text.sentence_batches(task.tokenizer, task.train[:TUNE_SENTENCES]), torch.device("cpu"))
-    before = task.score(model)
     tuning = tune_model(model, models.load_dense(task.source), calls, 60 * minutes)
-    return model, report.bits_per_weight, {"calibrated": before, "calibrating_seconds": report.seconds, "tuning": tuning}
+    return model, report.bits_per_weight, {"tuning": tuning}
 
 
 def each_weight(task: Task, quantise: Callable[[Tensor], Tensor | tuple[Tensor, float]], bits: float = 0.0) -> Result:
@@ -176,6 +178,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with stsb/ and sst2/")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tune", type=float, default=10.0, help="minutes of fine-tuning for each layout, default 10")
+    parser.add_argument("--again", action="store_true", help="measure rows that the JSON has already")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
@@ -184,23 +187,26 @@ def main() -> int:
     facts = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     machine = harness.Machine(harness.cpu_name(), rbe_torch._ops.isa(), torch.get_num_threads(), torch.__version__)
     task = Task(arguments.data, arguments.model)
-    for name, method in methods(task, arguments.tune).items():
-        if arguments.only not in name:
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        facts["rows"][name] = row
+        facts.update(machine=asdict(machine), sentences=len(task.pairs.sentences), samples=SAMPLES)
+        file.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"{name}: {row}", flush=True)
+
+    task.keep = keep
+    rows = methods(task, arguments.tune)
+    for name in [name for pattern in arguments.only.split("|") for name in rows if pattern in name]:
+        if not arguments.again and "bits" in facts["rows"].get(name, {}):
             continue
         start = time.monotonic()
         try:
-            model, bits, notes = method()
+            model, bits, notes = rows[name]()
         except (ImportError, RuntimeError, NotImplementedError) as error:
-            facts["rows"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-            print(f"{name}: {facts['rows'][name]['failed']}", file=sys.stderr, flush=True)
+            keep(name, {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"})
             continue
         seconds = time.monotonic() - start
-        facts["rows"][name] = {"bits": bits, **task.score(model), "seconds": seconds, **notes}
-        if "calibrated" in notes and notes["calibrated"] is not None:
-            facts["rows"][name.replace(" tuned", " calibrated")] = {"bits": bits, **notes["calibrated"], "seconds": notes["calibrating_seconds"]}
-        facts |= {"machine": asdict(machine), "sentences": len(task.pairs.sentences), "samples": SAMPLES}
-        file.write_text(json.dumps(facts, indent=1) + "\n")
-        print(f"{name}: {facts['rows'][name]}", flush=True)
+        keep(name, {"bits": bits, **task.score(model), "seconds": seconds, **notes})
     print(table(facts))
     draw(facts, arguments.out / "quality.png")
     return 0
