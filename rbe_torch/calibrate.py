@@ -165,6 +165,8 @@ def gather(visit: Visit, layer: str, n: int, device: torch.device) -> tuple[Mome
     fit, held, count = Moments.empty(n, device, judging=False), Moments.empty(n, device, judging=True), 0
     for dense_call, call in zip(visit.dense_calls, visit.calls, strict=True):
         there, here = inputs(visit.dense, dense_call, [layer])[layer], inputs(visit.stretch.module, call, [layer])[layer]
+        if [x.shape for x in there] != [z.shape for z in here]:  # routed by what it computes, such as an expert: the dense model sent it other tokens
+            there = here
         for x, z in zip(there, here, strict=True):
             sequences = x.shape[0] if x.dim() > 1 else 1
             out = (torch.arange(count, count + sequences, device=x.device) % _HOLD_EVERY) == _HOLD_EVERY - 1

@@ -211,12 +211,23 @@ class Visit:
     calls: list[Call]
 
 
-@torch.no_grad()
 def walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterator[Visit]:
     """Visits every stretch that holds some of the layers, in order of execution. Between two visits the caller replaces the layers visited.
 
-    A layer that no call reaches is in no visit.
+    A layer that no call reaches is in no visit. Caches of keys and values are off meanwhile: a block that is run again would find its own tokens there.
     """
+    configs = {id(config): config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", False)}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield from _walk(model, calls, layers)
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+@torch.no_grad()
+def _walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterator[Visit]:
     order = [layer for phase in _order(model, calls[0], layers) for layer in phase]
     blocks = find_chain(model, calls[0], layers)
     inside = {layer for layer in order for block in blocks if layer.startswith(f"{block}.")}

@@ -271,6 +271,34 @@ def test_padding_is_not_gathered():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_decoder_with_a_cache_sees_its_tokens_once():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+    visits = list(walk.walk(model, walk.calls_of([{"input_ids": ids}], torch.device("cpu")), names))
+    assert [visit.stretch.name for visit in visits] == ["transformer.h.0", "transformer.h.1"] and model.config.use_cache
+    for visit, expected in zip(visits, hidden[1:], strict=True):
+        for _ in range(2):
+            got = walk.output_tensor(visit.calls[0].run(visit.stretch.module)).detach()
+            if visit is visits[0]:
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            else:  # the last hidden state is after the final norm
+                torch.testing.assert_close(model.transformer.ln_f(got), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_are_calibrated_and_tuned(dtype):
+    model = net().to(dtype)
+    report = run(model, "rbe8_g8", calibration=[batch.to(dtype) for batch in batches(8)], tune=0.01)
+    assert model.blocks[0].up.weight.dtype == model.blocks[0].up.bias.dtype == model.blocks[0].norm.weight.dtype == dtype
+    assert report.tuning["steps"] > 0 and model(batches(1)[0].to(dtype)).dtype == dtype
+
+
 # ---- whole models ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_calibration_loses_less_than_none(layout):
