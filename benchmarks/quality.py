@@ -5,14 +5,16 @@
 
 A row that OUT/quality.json has already is kept, so that a table can be made in pieces.
 
-DIR holds stsb/sts-train.csv, stsb/sts-dev.csv, sst2/train.tsv and sst2/dev.tsv. Calibration is 1,024 sentences drawn from the training parts of both,
-the same for every method, and fine-tuning draws from the training parts too; scores are on the dev parts, which nothing was chosen on:
+DIR holds stsb/sts-train.csv, stsb/sts-dev.csv, sst2/train.tsv and sst2/dev.tsv. Calibration is 1,024 sentences drawn from the training
+parts of both, the same for every method, and fine-tuning draws from the training parts too; scores are on the dev parts, which nothing was
+chosen on:
 
     cosine      mean over the 3,000 sentences of STS-B dev to the dense model's own embeddings
     Spearman    of STS-B dev's similarities
     SST-2       accuracy on dev of a linear probe that was fitted to the dense embeddings of 2,000 training sentences
 
-All linear layers are compressed (10.8 M weights); embeddings stay as they are for every method. Bits: everything that a layer stores over its weights.
+All linear layers are compressed (10.8 M weights); embeddings stay as they are for every method. Bits: everything that a layer stores over
+its weights.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class Task:
         self.source = models.model_directory(model)
         self.tokenizer = models.load_tokenizer(self.source)
         stsb = [line.split("\t") for line in (data / "stsb/sts-train.csv").read_text(encoding="utf-8").splitlines()]
-        sst2 = {part: [line.split("\t") for line in (data / f"sst2/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]] for part in ("train", "dev")}
+        sst2 = {
+            part: [line.split("\t") for line in (data / f"sst2/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+            for part in ("train", "dev")
+        }
         train = [cells[column] for cells in stsb for column in (5, 6)] + [cells[1] for cells in sst2["train"]][:20000]
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         self.train = [train[i] for i in order]
@@ -71,8 +76,12 @@ class Task:
         x = evaluate.embed(model, self.tokenizer, self.dev).double()
         guess = (x @ self.probe[:-1] + self.probe[-1] > 0).long()
         cosine = (got * self.dense).sum(1)
-        return {"cosine": float(cosine.mean()), "cosine_p5": float(cosine.quantile(0.05)), "spearman": evaluate.spearman(evaluate.pair_similarity(got), self.pairs.scores),
-                "sst2": float((guess == self.labels).double().mean())}
+        return {
+            "cosine": float(cosine.mean()),
+            "cosine_p5": float(cosine.quantile(0.05)),
+            "spearman": evaluate.spearman(evaluate.pair_similarity(got), self.pairs.scores),
+            "sst2": float((guess == self.labels).double().mean()),
+        }
 
 
 # ---- methods: each returns (model, bits a weight, notes) ---------------------------------------------------------------------------
@@ -109,7 +118,8 @@ def each_weight(task: Task, quantise: Callable[[Tensor], Tensor | tuple[Tensor, 
 
 @torch.no_grad()
 def with_moments(task: Task, bits: int, ours: bool) -> Result:
-    """GPTQ behind its own compressed prefix. ours: with this library's moments (tokens of equal size, targets that undo the prefix's error, damping chosen
+    """GPTQ behind its own compressed prefix. ours: with this library's moments (tokens of equal size, targets that undo the prefix's
+    error, damping chosen
     on held-out sequences, bias correction); else as published: raw X^T X, damping 0.01."""
     model = models.load_dense(task.source)
     entries = {entry.name: entry for entry in replace.find_linears(model) if entry.convertible}
@@ -214,9 +224,20 @@ def main() -> int:
 
 def table(facts: dict[str, Any]) -> str:
     rows = sorted(facts["rows"].items(), key=lambda item: (-item[1].get("bits", -1), item[0]))
-    lines = [{"method": name, "bits": f"{row['bits']:.2f}", "cosine": f"{row['cosine']:.4f}", "5 % worst": f"{row['cosine_p5']:.4f}",
-              "Spearman": f"{row['spearman']:.4f}", "SST-2": f"{row['sst2']:.4f}", "seconds": f"{row['seconds']:.0f}"} if "failed" not in row
-             else {"method": name, "bits": row["failed"]} for name, row in rows]
+    lines = [
+        {
+            "method": name,
+            "bits": f"{row['bits']:.2f}",
+            "cosine": f"{row['cosine']:.4f}",
+            "5 % worst": f"{row['cosine_p5']:.4f}",
+            "Spearman": f"{row['spearman']:.4f}",
+            "SST-2": f"{row['sst2']:.4f}",
+            "seconds": f"{row['seconds']:.0f}",
+        }
+        if "failed" not in row
+        else {"method": name, "bits": row["failed"]}
+        for name, row in rows
+    ]
     return harness.table(lines, ["method", "bits", "cosine", "5 % worst", "Spearman", "SST-2", "seconds"])
 
 
@@ -234,15 +255,24 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         if "failed" in row or name == "dense":
             continue
         kind = " ".join(word for word in name.split() if not word.startswith(("int", "g64", "g128", "rbe")))
-        kind = f"rbe_torch, {kind}" if name.startswith("rbe8") else f"rbe16s, {kind}" if name.startswith("rbe16s") else kind.replace(" ,", ",")
+        kind = (
+            f"rbe_torch, {kind}" if name.startswith("rbe8") else f"rbe16s, {kind}" if name.startswith("rbe16s") else kind.replace(" ,", ",")
+        )
         kinds.setdefault(kind, []).append((row["bits"], row["cosine"]))
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     for kind, points in kinds.items():
         points.sort()
         own = kind.startswith("rbe")
-        axes.plot(*zip(*points, strict=True), marker="o" if own else "x", linewidth=2 if own else 1, linestyle="-" if own else "--", label=kind)
-    axes.set(xlabel="bits a weight, everything counted", ylabel="mean cosine to the dense embeddings, STS-B dev", xlim=(0.8, 5), ylim=(0, 1.01),
-             title="all-MiniLM-L6-v2, every linear layer compressed")
+        axes.plot(
+            *zip(*points, strict=True), marker="o" if own else "x", linewidth=2 if own else 1, linestyle="-" if own else "--", label=kind
+        )
+    axes.set(
+        xlabel="bits a weight, everything counted",
+        ylabel="mean cosine to the dense embeddings, STS-B dev",
+        xlim=(0.8, 5),
+        ylim=(0, 1.01),
+        title="all-MiniLM-L6-v2, every linear layer compressed",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -1,9 +1,10 @@
-"""Compresses a synthetic sharded Llama of at least 4 GB under a memory cap of 2 GB, kills the run in the middle, and lets a second run finish it.
+"""Compresses a synthetic sharded Llama of at least 4 GB under a memory cap of 2 GB, kills the run in the middle, and lets a second run
+finish it.
 
     python benchmarks/stream.py --out out [--gigabytes 4.2] [--cap-gigabytes 2] [--layout rbe8_g8] [--keep]
 
-The cap is the kernel's RLIMIT_DATA on the compressing process: what it may allocate, stacks and torch included. Shards are read with plain reads, so no
-page of them is mapped. Peak memory is the process's largest resident set. Needs --gigabytes and a tenth more of free disk.
+The cap is the kernel's RLIMIT_DATA on the compressing process: what it may allocate, stacks and torch included. Shards are read with plain
+reads, so no page of them is mapped. Peak memory is the process's largest resident set. Needs --gigabytes and a tenth more of free disk.
 """
 
 from __future__ import annotations
@@ -34,14 +35,24 @@ def make(directory: Path, gigabytes: float) -> int:
     from transformers import LlamaConfig
 
     blocks = max(1, round((gigabytes * 1e9 - 4 * WIDTH * VOCABULARY) / LAYER_BYTES))
-    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=blocks, num_attention_heads=16, num_key_value_heads=16, vocab_size=VOCABULARY,
-                         tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=blocks,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )
     config.save_pretrained(directory)
     shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     for i in range(blocks):
         here = f"model.layers.{i}."
         shapes |= {f"{here}self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
-        shapes |= {f"{here}mlp.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")} | {f"{here}mlp.down_proj.weight": (WIDTH, INNER)}
+        shapes |= {f"{here}mlp.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")} | {
+            f"{here}mlp.down_proj.weight": (WIDTH, INNER)
+        }
         shapes |= {f"{here}{name}.weight": (WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
     files: list[list[str]] = [[]]
     for name, shape in shapes.items():
@@ -52,9 +63,21 @@ def make(directory: Path, gigabytes: float) -> int:
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         mapping |= dict.fromkeys(names, file)
-        shards.write_tensors(directory / file, [(name, torch.float32, shapes[name],
-                                                 lambda name=name: torch.ones(shapes[name]) if len(shapes[name]) == 1 else torch.randn(shapes[name], generator=generator) * 0.02)
-                                                for name in names], {"format": "pt"})
+        shards.write_tensors(
+            directory / file,
+            [
+                (
+                    name,
+                    torch.float32,
+                    shapes[name],
+                    lambda name=name: (
+                        torch.ones(shapes[name]) if len(shapes[name]) == 1 else torch.randn(shapes[name], generator=generator) * 0.02
+                    ),
+                )
+                for name in names
+            ],
+            {"format": "pt"},
+        )
     total = sum(place.stat().st_size for place in directory.glob("*.safetensors"))
     (directory / shards.INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": mapping}))
     return total
@@ -64,8 +87,13 @@ def run(source: Path, target: Path, layout: str, cap: int, kill_after: int | Non
     """One process under the cap; kill_after: SIGKILL when so many layers are finished."""
     command = [sys.executable, "-m", "rbe_torch", "compress", str(source), str(target), "--stream", "--layout", layout, "--quiet", "--json"]
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (cap, cap)),
-                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (cap, cap)),
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     killed = False
     while kill_after is not None and process.poll() is None:
         if len(list((target / stream.PARTS).glob("*.safetensors"))) > kill_after:  # the basis is one of them
@@ -101,11 +129,19 @@ def main() -> int:
     second = run(source, target, options.layout, cap, kill_after=None)
     if second["status"] or not first["killed"]:
         raise SystemExit(f"stream: the run failed: {first}, {second}")
-    print(f"finished in {second['seconds']:.0f} s: {second['finished_before']} layers were there, {second['encoded']} encoded, peak "
-          f"{second['peak_resident_bytes'] / 1e9:.2f} GB resident, {second['bits_per_weight']:.3f} bits a weight, {second['file_bytes'] / 1e9:.3f} GB")
+    print(
+        f"finished in {second['seconds']:.0f} s: {second['finished_before']} layers were there, {second['encoded']} encoded, peak "
+        f"{second['peak_resident_bytes'] / 1e9:.2f} GB resident, {second['bits_per_weight']:.3f} bits a weight, {second['file_bytes'] / 1e9:.3f} GB"
+    )
     subprocess.run([sys.executable, "-m", "rbe_torch", "verify", str(target), "--quiet"], check=True)
-    facts = {"machine": {"cpu": harness.cpu_name(), "threads": options.threads, "torch": torch.__version__}, "dense_bytes": size, "cap_bytes": cap, "layout": options.layout,
-             "first": first, "second": {key: value for key, value in second.items() if key not in ("out",)}}
+    facts = {
+        "machine": {"cpu": harness.cpu_name(), "threads": options.threads, "torch": torch.__version__},
+        "dense_bytes": size,
+        "cap_bytes": cap,
+        "layout": options.layout,
+        "first": first,
+        "second": {key: value for key, value in second.items() if key not in ("out",)},
+    }
     (options.out / "stream.json").write_text(json.dumps(facts, indent=1) + "\n")
     if not options.keep:
         shutil.rmtree(source)

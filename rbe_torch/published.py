@@ -1,4 +1,5 @@
-"""Configurations of published models by name, for `rbe plan`: shapes alone, no weights. Numbers from the models' papers and configuration files."""
+"""Configurations of published models by name, for `rbe plan`: shapes alone, no weights. Numbers from the models' papers and configuration
+files."""
 
 from __future__ import annotations
 

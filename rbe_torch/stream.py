@@ -5,8 +5,9 @@
     3. the parts and what stays as it is become one file, which is renamed last  OUT/model.safetensors, OUT/config.json
 
 A part is renamed into place when it is whole, so a run that was killed goes on where it was: finished layers are not encoded again. Under
-torch.distributed (torchrun) the processes share the layers of step 2 through a directory that all of them see; process 0 does the other steps.
-Memory: the largest layer, its codes, and a sample of at most 8 M weights. The result does not depend on kills or on the number of processes.
+torch.distributed (torchrun) the processes share the layers of step 2 through a directory that all of them see; process 0 does the other
+steps. Memory: the largest layer, its codes, and a sample of at most 8 M weights. The result does not depend on kills or on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -37,12 +38,20 @@ from .shards import Shards, read_header, read_tensor, write_tensors
 PARTS = ".rbe-parts"
 
 
-def compress_checkpoint(source: str | os.PathLike, target: str | os.PathLike, layout: str | Layout = "rbe8x2_g8", include: Patterns = None,
-                        exclude: Patterns = None, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Compresses the transformers model in `source` (config.json and safetensors) into `target` without ever loading it whole; from the weights alone.
+def compress_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    layout: str | Layout = "rbe8x2_g8",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compresses the transformers model in `source` (config.json and safetensors) into `target` without ever loading it whole; from the
+    weights alone.
 
-    Returns layers, weights, bits_per_weight, bytes and how many layers this call encoded and found finished. ValueError: shards that are damaged or do not
-    fit the configuration, a weight that is not finite (by name), or parts in `target` of a run with other arguments.
+    Returns layers, weights, bits_per_weight, bytes and how many layers this call encoded and found finished. ValueError: shards that are
+    damaged or do not fit the configuration, a weight that is not finite (by name), or parts in `target` of a run with other arguments.
     """
     source, target, layout = Path(source), Path(target), Layout.parse(layout)
     shards = Shards(source)
@@ -64,7 +73,9 @@ def compress_checkpoint(source: str | os.PathLike, target: str | os.PathLike, la
     seeds = torch.randint(0, 2**32, (len(found),), generator=torch.Generator().manual_seed(seed)).tolist()
     mine = [(entry, layer_seed) for entry, layer_seed in list(zip(found, seeds, strict=True))[rank::count]]
     encoded = 0
-    with Progress(f"compress to {layout}", sum(features(entry.module)[0] * features(entry.module)[1] for entry, _ in mine), progress and rank == 0) as bar:
+    with Progress(
+        f"compress to {layout}", sum(features(entry.module)[0] * features(entry.module)[1] for entry, _ in mine), progress and rank == 0
+    ) as bar:
         for entry, layer_seed in mine:
             part = _part(parts, entry.name)
             if not part.is_file():
@@ -78,8 +89,16 @@ def compress_checkpoint(source: str | os.PathLike, target: str | os.PathLike, la
     places = read_header(target / WEIGHTS_FILE)[0]
     weights = sum(features(entry.module)[0] * features(entry.module)[1] for entry in found)
     own = sum(layout.bytes(*reversed(features(entry.module)), basis=False) for entry in found) + layout.basis_bytes
-    return {"layers": len(found), "encoded": encoded, "finished_before": len(mine) - encoded, "weights": weights, "bits_per_weight": 8 * own / weights,
-            "compressed_bytes": own, "file_bytes": sum(place.bytes for place in places.values()), "processes": count}
+    return {
+        "layers": len(found),
+        "encoded": encoded,
+        "finished_before": len(mine) - encoded,
+        "weights": weights,
+        "bits_per_weight": 8 * own / weights,
+        "compressed_bytes": own,
+        "file_bytes": sum(place.bytes for place in places.values()),
+        "processes": count,
+    }
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------------------
@@ -104,7 +123,9 @@ def _claim(parts: Path, job: dict[str, Any]) -> None:
     note = parts / "job.json"
     if note.is_file():
         if json.loads(note.read_text(encoding="utf-8")) != job:
-            raise ValueError(f"{parts}: holds parts of a run with another model, layout, seed or choice of layers; remove it, or name another directory")
+            raise ValueError(
+                f"{parts}: holds parts of a run with another model, layout, seed or choice of layers; remove it, or name another directory"
+            )
         return
     parts.mkdir(parents=True, exist_ok=True)
     replace_file(note, lambda path: Path(path).write_text(json.dumps(job), encoding="utf-8"))
@@ -112,7 +133,8 @@ def _claim(parts: Path, job: dict[str, Any]) -> None:
 
 # ---- tensors of the model and of the file ----------------------------------------------------------------------------------------
 def _stored_names(model: nn.Module, shards: Shards) -> dict[str, str]:
-    """Name in the model -> name in the shards, for every tensor that the file must have; those that share one have one name in the shards."""
+    """Name in the model -> name in the shards, for every tensor that the file must have; those that share one have one name in the
+    shards."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -124,7 +146,9 @@ def _stored_names(model: nn.Module, shards: Shards) -> dict[str, str]:
             raise ValueError(f"{shards.directory}: tensor {names[0]!r} of the model is in no shard")
         shape = tuple(model.state_dict()[names[0]].shape)
         if shards.places[forms[0]].shape != shape:
-            raise ValueError(f"{shards.directory}: tensor {forms[0]!r} has shape {shards.places[forms[0]].shape}, must be {shape} by {CONFIG_FILE}")
+            raise ValueError(
+                f"{shards.directory}: tensor {forms[0]!r} has shape {shards.places[forms[0]].shape}, must be {shape} by {CONFIG_FILE}"
+            )
         stored |= dict.fromkeys(names, forms[0])
     return stored
 
@@ -159,12 +183,25 @@ def _encode(entry: Found, weight: Tensor, layout: Layout, basis: nn.Parameter, s
     packed = torch.ops.rbe.pack(made.codes, layout=str(layout), in_features=weight.shape[1], seed=seed if layout.seeded else 0)
     tensors = {"packed": packed, "gain": made.gain.half(), **made.residual}
     hashes = {name: digest(tensor) for name, tensor in tensors.items()}
-    replace_file(part, lambda path: write_tensors(path, [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()],
-                                                  {"hashes": json.dumps(hashes)}))
+    replace_file(
+        part,
+        lambda path: write_tensors(
+            path, [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()], {"hashes": json.dumps(hashes)}
+        ),
+    )
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------------------
-def _assemble(model: nn.Module, found: list[Found], seeds: list[int], stored: dict[str, str], shards: Shards, layout: Layout, parts: Path, target: Path) -> None:
+def _assemble(
+    model: nn.Module,
+    found: list[Found],
+    seeds: list[int],
+    stored: dict[str, str],
+    shards: Shards,
+    layout: Layout,
+    parts: Path,
+    target: Path,
+) -> None:
     entries: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]] = []
     hashes: dict[str, str] = {}
     layers: dict[str, LayerEntry] = {}
@@ -182,7 +219,9 @@ def _assemble(model: nn.Module, found: list[Found], seeds: list[int], stored: di
             add(f"{entry.name}.{key}", place.dtype, place.shape, lambda place=place: read_tensor(place), known[key])
         n, m = features(entry.module)
         dtype = shards.places[stored[f"{entry.name}.weight"]].dtype
-        layers[entry.name] = LayerEntry(str(layout), n, m, 0, seed if layout.seeded else None, str(dtype).removeprefix("torch."), entry.module.bias is not None)
+        layers[entry.name] = LayerEntry(
+            str(layout), n, m, 0, seed if layout.seeded else None, str(dtype).removeprefix("torch."), entry.module.bias is not None
+        )
     weights = {f"{name}.weight" for name in layers}
     aliases: dict[str, str] = {}
     first: dict[str, str] = {}

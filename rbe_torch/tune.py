@@ -1,8 +1,8 @@
 """Fine-tuning a compressed model to its dense original: basis, gains, biases and norms move, codes stay.
 
-`tune_stretch` fits what one block does to the dense block's output, `tune_model` the whole model's output to the dense model's (distillation). The
-forward pass multiplies by decoded weights, whose gradient is gathered into basis and gain: for a batch of hundreds of tokens that is quicker on
-small layers than the product in codes, and the same numbers.
+`tune_stretch` fits what one block does to the dense block's output, `tune_model` the whole model's output to the dense model's
+(distillation). The forward pass multiplies by decoded weights, whose gradient is gathered into basis and gain: for a batch of hundreds of
+tokens that is quicker on small layers than the product in codes, and the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .linear import RBELinear
 from .progress import Progress
 from .walk import Call, Visit, output_tensor
 
-# Of Adam, in units of the basis's root mean square, for log gain, and for biases and norms. MiniLM, rbe8x2_g8, four minutes (80 to 100 steps of 64
+# Of Adam, in units of the basis's root mean square, for log gain, and for biases and norms. MiniLM, rbe8x2_g8, four minutes (80 to 100
+# steps of 64
 # sentences) from a cosine of 0.912 to the dense embeddings: these divided by 6, 0.933; divided by 2, 0.936; times 1.7, 0.938.
 RATES = {"basis": 6e-3, "log_gain": 6e-3, "rest": 2e-3}
 _WARM = 0.05  # of the time
@@ -115,8 +116,8 @@ def _forward(layer: RBELinear, log_gain: Tensor, words: Tensor) -> Callable[[Ten
 def distance(output: Any, wanted: Tensor, mask: Tensor | None) -> Tensor:
     """How far a model's output is from the dense model's.
 
-    Logits [..., V]: mean over tokens of KL(dense || compressed). Hidden states [B, T, d]: 1 - cosine of the mean over a sequence's tokens, plus a fifth
-    of the tokens' own relative squared error; other tensors: the relative squared error of their last dimension.
+    Logits [..., V]: mean over tokens of KL(dense || compressed). Hidden states [B, T, d]: 1 - cosine of the mean over a sequence's tokens,
+    plus a fifth of the tokens' own relative squared error; other tensors: the relative squared error of their last dimension.
     """
     got = output_tensor(output).float()
     if isinstance(getattr(output, "logits", None), Tensor):
@@ -131,11 +132,13 @@ def distance(output: Any, wanted: Tensor, mask: Tensor | None) -> Tensor:
     return whole.mean() + 0.2 * (lost * real).sum() / real.sum()
 
 
-def tune_model(model: nn.Module, teacher: nn.Module, calls: Sequence[Call], seconds: float, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+def tune_model(
+    model: nn.Module, teacher: nn.Module, calls: Sequence[Call], seconds: float, seed: int = 0, progress: bool = True
+) -> dict[str, Any]:
     """Distils the dense model into the compressed one for `seconds`; returns losses before and after on batches that it did not train on.
 
-    teacher: the dense model in eval mode, which shares no parameter with `model`. The model is changed in place, basis and gain end as fp16 values; where
-    the held-out loss did not fall everything is put back.
+    teacher: the dense model in eval mode, which shares no parameter with `model`. The model is changed in place, basis and gain end as
+    fp16 values; where the held-out loss did not fall everything is put back.
     """
     cache: dict[int, Tensor] = {}
 
@@ -155,7 +158,8 @@ def tune_model(model: nn.Module, teacher: nn.Module, calls: Sequence[Call], seco
 
 
 def tune_stretch(visit: Visit, seconds: float, seed: int = 0) -> dict[str, Any]:
-    """Fits gains, biases and norms of a block whose layers are compressed to the dense block's outputs, for `seconds`; the basis is shared and stays."""
+    """Fits gains, biases and norms of a block whose layers are compressed to the dense block's outputs, for `seconds`; the basis is shared
+    and stays."""
     with torch.no_grad():
         wanted = [output_tensor(call.run(visit.dense)).float() for call in visit.dense_calls]
 
@@ -167,7 +171,9 @@ def tune_stretch(visit: Visit, seconds: float, seed: int = 0) -> dict[str, Any]:
     return _fit(_Student(visit.stretch.module, basis=False), loss, len(visit.calls), seconds, seed, False, visit.stretch.name)
 
 
-def _fit(student: _Student, loss: Callable[[int], Tensor], count: int, seconds: float, seed: int, progress: bool, title: str) -> dict[str, Any]:
+def _fit(
+    student: _Student, loss: Callable[[int], Tensor], count: int, seconds: float, seed: int, progress: bool, title: str
+) -> dict[str, Any]:
     """Adam on loss(batch) with a warm-up and a cosine over the time given."""
     held = list(range(_CHECKED - 1, count, _CHECKED))[:_CHECKED] if count >= _CHECKED else []
     trained = [index for index in range(count) if index not in held]
