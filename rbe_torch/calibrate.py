@@ -9,6 +9,7 @@ error as in GPTAQ (Li et al. 2025), alternation of codes and scales as in AQLM (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from .layout import Layout
 from .linear import RBELinear
 from .moments import Moments, Problem, problem_of
 from .replace import Found, dense_weight, features
-from .walk import Call, Visit, inputs, walk
+from .walk import Around, Call, Visit, inputs, walk
 
 DAMPINGS = (0.01, 0.1, 1.0)
 _HOLD_EVERY = 8  # one sequence in eight judges
@@ -153,22 +154,34 @@ def calibrate_model(
     put: Callable[[Found, RBELinear], None],
     tick: Callable[[Found, Calibrated], None],
     block_seconds: float = 0.0,
+    ready: Callable[[Found], RBELinear | None] = lambda entry: None,
+    around: Around = lambda name, block: nullcontext(),
 ) -> list[dict[str, Any]]:
     """Encodes the layers in order of execution and puts each in place with `put`, so that later ones see what the earlier ones lose.
 
     A layer that no call reaches is encoded from its weight alone, with a note. block_seconds: for fitting each block of a chain to the
-    dense block's outputs when its layers are encoded; returns what that did (tune.py).
+    dense block's outputs when its layers are encoded; returns what that did (tune.py). ready: gives a layer that was encoded before, so that
+    it is not encoded again; around: of walk.
     """
     fitted: list[dict[str, Any]] = []
     entries = {entry.name: entry for entry in chosen}
     left = dict(entries)
-    for visit in walk(model, calls, list(entries)):
+    for visit in walk(model, calls, list(entries), around):
         for phase in visit.stretch.phases:
-            n = features(entries[visit.stretch.full(phase[0])].module)[0]
-            device = entries[visit.stretch.full(phase[0])].module.weight.device
-            fit, held = gather(visit, phase[0], n, device)
+            todo = []
             for layer in phase:
                 entry = left.pop(visit.stretch.full(layer))
+                before = ready(entry)
+                if before is None:
+                    todo.append(entry)
+                else:
+                    put(entry, before)
+                    tick(entry, Calibrated(before, None, None, "encoded by an earlier run"))
+            if not todo:
+                continue
+            n, device = features(todo[0].module)[0], todo[0].module.weight.device
+            fit, held = gather(visit, phase[0], n, device)
+            for entry in todo:
                 made = calibrate_layer(entry.module, layout_of(entry), basis_of(entry), fit, held, seeds[entry.name])
                 put(entry, made.layer)
                 tick(entry, made)

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibration(entry)
     entry.add_argument("--tune", type=_positive, metavar="MINUTES", help="then fit basis, gains, biases and norms to the dense model for so long; needs --calibrate")
     entry.add_argument("--report", metavar="FILE", help="also write the report there: a page (.html) or JSON (.json)")
-    entry.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time, from the weights alone; goes on after a kill; "
+    entry.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time; goes on after a kill; "
                                                              "torchrun -m rbe_torch shares the layers among processes")
     budget(entry)
     choose_layers(entry)

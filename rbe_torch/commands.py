@@ -46,16 +46,18 @@ def run_compress(options: argparse.Namespace) -> None:
 
 
 def _stream(options: argparse.Namespace) -> None:
-    given = [name for name in ("calibrate", "tune", "bits", "max_megabytes", "report") if getattr(options, name) is not None]
+    given = [name for name in ("tune", "bits", "max_megabytes", "report") if getattr(options, name) is not None]
     if given or options.basis != "model":
-        raise UsageError(f"--stream: compresses from the weights alone in one layout with one basis; leave out --{(given or ['basis'])[0].replace('_', '-')}")
+        raise UsageError(f"--stream: compresses in one layout with one basis, without fine-tuning; leave out --{(given or ['basis'])[0].replace('_', '-')}")
     from .models import copy_companions, directory_bytes, model_directory
+    from .models import empty_model, load_config
     from .stream import PARTS, compress_checkpoint
 
     source, target = model_directory(options.model), Path(options.out)
     if not (target / PARTS).is_dir() and int(os.environ.get("RANK", "0")) == 0:
         _check_target(target, options.force, source)
-    facts = compress_checkpoint(source, target, options.layout, options.include, options.exclude, options.seed, not options.quiet)
+    batches = None if options.calibrate is None else _calibration(options, empty_model(load_config(source)), source)
+    facts = compress_checkpoint(source, target, options.layout, options.include, options.exclude, batches, options.seed, not options.quiet)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     copy_companions(source, target)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,24 +224,27 @@ class Visit:
     calls: list[Call]
 
 
-def walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterator[Visit]:
+Around = Callable[[str, nn.Module], AbstractContextManager[None]]
+
+
+def walk(model: nn.Module, calls: list[Call], layers: Sequence[str], around: Around = lambda name, block: nullcontext()) -> Iterator[Visit]:
     """Visits every stretch that holds some of the layers, in order of execution. Between two visits the caller replaces the layers visited.
 
-    A layer that no call reaches is in no visit. Caches of keys and values are off meanwhile: a block that is run again would find its own
+    A layer that no call reaches is in no visit. around(name, block): a context for as long as a block of a chain is visited. Caches of keys and values are off meanwhile: a block that is run again would find its own
     tokens there.
     """
     configs = {id(config): config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", False)}
     for config in configs.values():
         config.use_cache = False
     try:
-        yield from _walk(model, calls, layers)
+        yield from _walk(model, calls, layers, around)
     finally:
         for config in configs.values():
             config.use_cache = True
 
 
 @torch.no_grad()
-def _walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterator[Visit]:
+def _walk(model: nn.Module, calls: list[Call], layers: Sequence[str], around: Around) -> Iterator[Visit]:
     order = [layer for phase in _order(model, calls[0], layers) for layer in phase]
     blocks = find_chain(model, calls[0], layers)
     inside = {layer for layer in order for block in blocks if layer.startswith(f"{block}.")}
@@ -252,21 +255,31 @@ def _walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterato
     if early:
         yield Visit(Stretch("", model, _order(model, calls[0], early)), original, calls, calls)
     if blocks:
-        yield from _walk_chain(model, original if early else model, calls, blocks, sorted(inside, key=order.index))
+        yield from _walk_chain(model, original if early else model, calls, blocks, sorted(inside, key=order.index), around)
     if late:
         yield Visit(Stretch("", model, _order(model, calls[0], late)), original, calls, calls)
 
 
-def _walk_chain(model: nn.Module, original: nn.Module, calls: list[Call], blocks: list[str], layers: list[str]) -> Iterator[Visit]:
+def _walk_chain(
+    model: nn.Module, original: nn.Module, calls: list[Call], blocks: list[str], layers: list[str], around: Around
+) -> Iterator[Visit]:
     here = [_call_of(model, blocks[0], call) for call in calls]
     there = here if original is model else [_call_of(original, blocks[0], call) for call in calls]
     for name in blocks:
         block = model.get_submodule(name)
         inside = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
-        dense = copy.deepcopy(block)
-        yield Visit(Stretch(name, block, _order(block, here[0], inside)), dense, there, here)
-        there = [call.with_hidden(output_tensor(call.run(dense))) for call in there]
-        here = [call.with_hidden(output_tensor(call.run(block))) for call in here]
+        with around(name, block):
+            dense = copy.deepcopy(block)
+            yield Visit(Stretch(name, block, _order(block, here[0], inside)), dense, there, here)
+            there = [call.with_hidden(output_tensor(call.run(dense))) for call in there]
+            here = [call.with_hidden(output_tensor(call.run(block))) for call in here]
+            _drop(dense)
+
+
+def _drop(module: nn.Module) -> None:
+    """Frees the parameters of a copy that has served, whoever still holds it."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
 def _call_of(model: nn.Module, name: str, call: Call) -> Call:

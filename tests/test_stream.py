@@ -112,6 +112,74 @@ def test_processes_share_the_layers_and_write_the_same_file(source, whole, tmp_p
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    """A Llama, whose rotary frequencies are in no file, in several shards."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path, max_shard_size="30KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+
+
+def test_calibrated_it_is_what_compress_makes_in_memory_also_after_a_kill(decoder, tmp_path, monkeypatch):
+    model = models.load_dense(decoder)
+    rbe_torch.compress(model, LAYOUT, calibration=batches(), progress=False)
+    true, count = stream._write_part, []
+
+    def failing(*arguments):
+        count.append(1)
+        if len(count) > 9:
+            raise KeyboardInterrupt
+        true(*arguments)
+
+    monkeypatch.setattr(stream, "_write_part", failing)
+    with pytest.raises(KeyboardInterrupt):
+        stream.compress_checkpoint(decoder, tmp_path / "out", LAYOUT, calibration=batches(), progress=False)
+    monkeypatch.undo()
+    facts = stream.compress_checkpoint(decoder, tmp_path / "out", LAYOUT, calibration=batches(), progress=False)
+    assert facts["finished_before"] == 9 and facts["encoded"] == facts["layers"] - 9
+    expected, got = model.state_dict(), rbe_torch.load_pretrained(tmp_path / "out").state_dict()
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_calibrated_only_one_block_is_in_memory(decoder, tmp_path, monkeypatch):
+    seen, true = [], stream._write_part
+
+    def watching(part, tensors):
+        held = [
+            name
+            for name, module in kept[0].named_modules()
+            if isinstance(module, torch.nn.Linear) and not module.weight.is_meta and ".layers." in name
+        ]
+        seen.append({name.split(".")[2] for name in held})
+        true(part, tensors)
+
+    kept, make = [], stream.skeleton
+    monkeypatch.setattr(stream, "skeleton", lambda config: kept.append(make(config)) or kept[0])
+    monkeypatch.setattr(stream, "_write_part", watching)
+    stream.compress_checkpoint(decoder, tmp_path, LAYOUT, calibration=batches(), progress=False)
+    assert len(seen) == 21 and max(map(len, seen)) == 1
+
+
+def test_calibrated_layers_outside_the_blocks_are_refused(decoder, tmp_path):
+    with pytest.raises(ValueError, match="lm_head: lies outside"):
+        stream.compress_checkpoint(decoder, tmp_path, LAYOUT, include=["lm_head", "layers"], calibration=batches(), progress=False)
+
+
 def test_parts_of_another_run_are_refused(source, tmp_path):
     parts = tmp_path / stream.PARTS
     parts.mkdir()
