@@ -134,7 +134,7 @@ rbe_status rbe_encode_calibrated(const rbe_weight *w, const rbe_matrix *dense, c
                                  const rbe_parallel *threads, rbe_error *err);
 
 rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err);    // from w->words; rows are ceil(K*M*bits/8) bytes
-rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err);   // from w->packed
+rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err);   // from w->packed or w->interleaved
 static inline int64_t rbe_packed_row_bytes(const rbe_layout *l, int64_t groups) { return (groups * l->stages * l->bits + 7) / 8; }
 
 // Packed rows of rbe8, `stride` bytes apart and `count` = K*M long, <-> interleaved; a packed result is dense.

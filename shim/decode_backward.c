@@ -15,13 +15,13 @@ rbe_status rbe_op_decode_backward(rbe_call *call) {
     status = rbe_expect_shape(call, &gradient, 2, shape, "[m, n]");
     if (status == RBE_OK) status = rbe_dense_float(call, &gradient, RBE_F32, &dense);
     if (status != RBE_OK) return status;
-    if (!w.words) {  // packed
+    if (!w.words) {
         int32_t *unpacked = rbe_call_allocate(call, (size_t)(w.rows * w.groups * w.layout.stages) * sizeof *unpacked);
         if (!unpacked) return rbe_call_fail(call, "codes: out of memory");
         status = rbe_unpack(&w, unpacked, &call->err);
         if (status != RBE_OK) return status;
         words = unpacked;
-        w.packed = NULL;
+        w.packed = w.interleaved = NULL;
         w.words = words;
     }
     int64_t basis_shape[3] = {w.layout.stages, RBE_BASIS_VECTORS, w.layout.group};

@@ -6,7 +6,7 @@ import pytest
 import torch
 from operator_cases import LAYOUTS, make_case, random_codes, split
 
-import rbe_torch  # noqa: F401  registers the operators
+from rbe_torch import Layout
 
 # Largest error over the largest output, sums of n ~ 300 products: float32 rounding, and half types' storage of x and y.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -151,6 +151,14 @@ def test_encode_inverts_decode():
         words = torch.ops.rbe.encode(weight, case.basis, case.gain, **case.keywords)
         again = torch.ops.rbe.decode(words, case.basis, case.gain, **case.keywords)
         torch.testing.assert_close(again, weight, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["rbe22_g16", "rbe32_g5", "rbe8_g8", "rbe16s_g8"])
+def test_of_two_equal_basis_vectors_encode_takes_the_first(layout):
+    half = torch.randn(1, 128, Layout.parse(layout).group)
+    keywords = {"layout": layout, "in_features": 80}
+    codes = torch.ops.rbe.encode(torch.randn(60, 80), torch.cat([half, half], 1), torch.ones(60), **keywords)
+    assert int((codes >> 10 & 255).max()) < 128
 
 
 @pytest.mark.parametrize("layout", ["rbe22_g8", "rbe8x2_g8", "rbe16s_g8"])
