@@ -1,16 +1,20 @@
 """Accuracy per byte: rbe_torch against other ways to store weights in few bits, on all-MiniLM-L6-v2, everything counted.
 
     python benchmarks/quality.py --data DIR                       every row (an hour or more on one core)
-    python benchmarks/quality.py --data DIR --only "rbe8x2_g8"    rows whose name contains this; others are kept from the JSON of an earlier run
+    python benchmarks/quality.py --data DIR --only "x2_g8|GPTQ"   rows whose name contains this or that, in this order
 
-DIR holds stsb/sts-train.csv, stsb/sts-dev.csv, sst2/train.tsv and sst2/dev.tsv. Calibration is 1,024 sentences drawn from the training parts of both,
-the same for every method, and fine-tuning draws from the training parts too; scores are on the dev parts, which nothing was chosen on:
+A row that OUT/quality.json has already is kept, so that a table can be made in pieces.
+
+DIR holds stsb/sts-train.csv, stsb/sts-dev.csv, sst2/train.tsv and sst2/dev.tsv. Calibration is 1,024 sentences drawn from the training
+parts of both, the same for every method, and fine-tuning draws from the training parts too; scores are on the dev parts, which nothing was
+chosen on:
 
     cosine      mean over the 3,000 sentences of STS-B dev to the dense model's own embeddings
     Spearman    of STS-B dev's similarities
-    SST-2       accuracy on dev of a linear probe that was fitted to the dense embeddings of 4,000 training sentences
+    SST-2       accuracy on dev of a linear probe that was fitted to the dense embeddings of 2,000 training sentences
 
-All linear layers are compressed (10.8 M weights); embeddings stay as they are for every method. Bits: everything that a layer stores over its weights.
+All linear layers are compressed (10.8 M weights); embeddings stay as they are for every method. Bits: everything that a layer stores over
+its weights.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from rbe_torch import calibrate, evaluate, models, moments, replace, text, walk 
 
 SAMPLES = 1024
 TUNE_SENTENCES = 16384
-PROBE_SENTENCES = 4000
+PROBE_SENTENCES = 2000
 OURS = ("rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe8x3_g8", "rbe8x4_g8")
 
 
@@ -48,7 +52,10 @@ class Task:
         self.source = models.model_directory(model)
         self.tokenizer = models.load_tokenizer(self.source)
         stsb = [line.split("\t") for line in (data / "stsb/sts-train.csv").read_text(encoding="utf-8").splitlines()]
-        sst2 = {part: [line.split("\t") for line in (data / f"sst2/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]] for part in ("train", "dev")}
+        sst2 = {
+            part: [line.split("\t") for line in (data / f"sst2/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+            for part in ("train", "dev")
+        }
         train = [cells[column] for cells in stsb for column in (5, 6)] + [cells[1] for cells in sst2["train"]][:20000]
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         self.train = [train[i] for i in order]
@@ -69,8 +76,12 @@ class Task:
         x = evaluate.embed(model, self.tokenizer, self.dev).double()
         guess = (x @ self.probe[:-1] + self.probe[-1] > 0).long()
         cosine = (got * self.dense).sum(1)
-        return {"cosine": float(cosine.mean()), "cosine_p5": float(cosine.quantile(0.05)), "spearman": evaluate.spearman(evaluate.pair_similarity(got), self.pairs.scores),
-                "sst2": float((guess == self.labels).double().mean())}
+        return {
+            "cosine": float(cosine.mean()),
+            "cosine_p5": float(cosine.quantile(0.05)),
+            "spearman": evaluate.spearman(evaluate.pair_similarity(got), self.pairs.scores),
+            "sst2": float((guess == self.labels).double().mean()),
+        }
 
 
 # ---- methods: each returns (model, bits a weight, notes) ---------------------------------------------------------------------------
@@ -88,12 +99,11 @@ def tuned(task: Task, layout: str, minutes: float) -> Result:
     from rbe_torch.tune import tune_model
 
     model = models.load_dense(task.source)
-    originals = {entry.name: entry for entry in replace.find_linears(model) if entry.convertible}
     report = rbe_torch.compress(model, layout, calibration=task.calibration)
+    task.keep(f"{layout} calibrated", {"bits": report.bits_per_weight, **task.score(model), "seconds": report.seconds})
     calls = walk.calls_of(text.sentence_batches(task.tokenizer, task.train[:TUNE_SENTENCES]), torch.device("cpu"))
-    before = task.score(model)
-    tuning = tune_model(model, originals, calls, 60 * minutes)
-    return model, report.bits_per_weight, {"calibrated": before, "calibrating_seconds": report.seconds, "tuning": tuning}
+    tuning = tune_model(model, models.load_dense(task.source), calls, 60 * minutes)
+    return model, report.bits_per_weight, {"tuning": tuning}
 
 
 def each_weight(task: Task, quantise: Callable[[Tensor], Tensor | tuple[Tensor, float]], bits: float = 0.0) -> Result:
@@ -108,7 +118,8 @@ def each_weight(task: Task, quantise: Callable[[Tensor], Tensor | tuple[Tensor, 
 
 @torch.no_grad()
 def with_moments(task: Task, bits: int, ours: bool) -> Result:
-    """GPTQ behind its own compressed prefix. ours: with this library's moments (tokens of equal size, targets that undo the prefix's error, damping chosen
+    """GPTQ behind its own compressed prefix. ours: with this library's moments (tokens of equal size, targets that undo the prefix's
+    error, damping chosen
     on held-out sequences, bias correction); else as published: raw X^T X, damping 0.01."""
     model = models.load_dense(task.source)
     entries = {entry.name: entry for entry in replace.find_linears(model) if entry.convertible}
@@ -177,6 +188,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with stsb/ and sst2/")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--tune", type=float, default=10.0, help="minutes of fine-tuning for each layout, default 10")
+    parser.add_argument("--again", action="store_true", help="measure rows that the JSON has already")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
@@ -185,23 +197,26 @@ def main() -> int:
     facts = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     machine = harness.Machine(harness.cpu_name(), rbe_torch._ops.isa(), torch.get_num_threads(), torch.__version__)
     task = Task(arguments.data, arguments.model)
-    for name, method in methods(task, arguments.tune).items():
-        if arguments.only not in name:
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        facts["rows"][name] = row
+        facts.update(machine=asdict(machine), sentences=len(task.pairs.sentences), samples=SAMPLES)
+        file.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"{name}: {row}", flush=True)
+
+    task.keep = keep
+    rows = methods(task, arguments.tune)
+    for name in [name for pattern in arguments.only.split("|") for name in rows if pattern in name]:
+        if not arguments.again and "bits" in facts["rows"].get(name, {}):
             continue
         start = time.monotonic()
         try:
-            model, bits, notes = method()
+            model, bits, notes = rows[name]()
         except (ImportError, RuntimeError, NotImplementedError) as error:
-            facts["rows"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-            print(f"{name}: {facts['rows'][name]['failed']}", file=sys.stderr, flush=True)
+            keep(name, {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"})
             continue
         seconds = time.monotonic() - start
-        facts["rows"][name] = {"bits": bits, **task.score(model), "seconds": seconds, **notes}
-        if "calibrated" in notes and notes["calibrated"] is not None:
-            facts["rows"][name.replace(" tuned", " calibrated")] = {"bits": bits, **notes["calibrated"], "seconds": notes["calibrating_seconds"]}
-        facts |= {"machine": asdict(machine), "sentences": len(task.pairs.sentences), "samples": SAMPLES}
-        file.write_text(json.dumps(facts, indent=1) + "\n")
-        print(f"{name}: {facts['rows'][name]}", flush=True)
+        keep(name, {"bits": bits, **task.score(model), "seconds": seconds, **notes})
     print(table(facts))
     draw(facts, arguments.out / "quality.png")
     return 0
@@ -209,9 +224,20 @@ def main() -> int:
 
 def table(facts: dict[str, Any]) -> str:
     rows = sorted(facts["rows"].items(), key=lambda item: (-item[1].get("bits", -1), item[0]))
-    lines = [{"method": name, "bits": f"{row['bits']:.2f}", "cosine": f"{row['cosine']:.4f}", "5 % worst": f"{row['cosine_p5']:.4f}",
-              "Spearman": f"{row['spearman']:.4f}", "SST-2": f"{row['sst2']:.4f}", "seconds": f"{row['seconds']:.0f}"} if "failed" not in row
-             else {"method": name, "bits": row["failed"]} for name, row in rows]
+    lines = [
+        {
+            "method": name,
+            "bits": f"{row['bits']:.2f}",
+            "cosine": f"{row['cosine']:.4f}",
+            "5 % worst": f"{row['cosine_p5']:.4f}",
+            "Spearman": f"{row['spearman']:.4f}",
+            "SST-2": f"{row['sst2']:.4f}",
+            "seconds": f"{row['seconds']:.0f}",
+        }
+        if "failed" not in row
+        else {"method": name, "bits": row["failed"]}
+        for name, row in rows
+    ]
     return harness.table(lines, ["method", "bits", "cosine", "5 % worst", "Spearman", "SST-2", "seconds"])
 
 
@@ -229,15 +255,24 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         if "failed" in row or name == "dense":
             continue
         kind = " ".join(word for word in name.split() if not word.startswith(("int", "g64", "g128", "rbe")))
-        kind = f"rbe_torch, {kind}" if name.startswith("rbe8") else f"rbe16s, {kind}" if name.startswith("rbe16s") else kind.replace(" ,", ",")
+        kind = (
+            f"rbe_torch, {kind}" if name.startswith("rbe8") else f"rbe16s, {kind}" if name.startswith("rbe16s") else kind.replace(" ,", ",")
+        )
         kinds.setdefault(kind, []).append((row["bits"], row["cosine"]))
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     for kind, points in kinds.items():
         points.sort()
         own = kind.startswith("rbe")
-        axes.plot(*zip(*points, strict=True), marker="o" if own else "x", linewidth=2 if own else 1, linestyle="-" if own else "--", label=kind)
-    axes.set(xlabel="bits a weight, everything counted", ylabel="mean cosine to the dense embeddings, STS-B dev", xlim=(0.8, 5), ylim=(0, 1.01),
-             title="all-MiniLM-L6-v2, every linear layer compressed")
+        axes.plot(
+            *zip(*points, strict=True), marker="o" if own else "x", linewidth=2 if own else 1, linestyle="-" if own else "--", label=kind
+        )
+    axes.set(
+        xlabel="bits a weight, everything counted",
+        ylabel="mean cosine to the dense embeddings, STS-B dev",
+        xlim=(0.8, 5),
+        ylim=(0, 1.01),
+        title="all-MiniLM-L6-v2, every linear layer compressed",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

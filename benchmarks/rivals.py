@@ -1,11 +1,12 @@
-"""Other ways to store a weight in few bits, for benchmarks/quality.py: each takes a weight [m, n] and gives what it decodes to and the bits a weight it takes.
+"""Other ways to store a weight in few bits, for benchmarks/quality.py: each takes a weight [m, n] and gives what it decodes to and the
+bits a weight it takes.
 
-round, gptq   b-bit integers with a scale and a zero point (fp16, b bits) for every 64 weights of a row; the range is the one of 20 shrinks of min..max that
+round, gptq   b-bit integers with a scale and a zero point (fp16, b bits) for every 64 weights of a row; the range is the one of 20 shrinks
+of min..max that
               loses least. gptq feeds errors forward under X^T X (Frantar et al. 2022), column after column
-nf4           the 16 quantiles of a normal distribution, a fp16 scale for every 64 weights (Dettmers et al. 2023)
-hqq           the package hqq, its optimised zero points, 64 weights a group
-quanto        the package optimum-quanto, its own groups (128)
-Nothing of this belongs to rbe_torch. hqq and optimum-quanto: pip install --no-deps --target DIR hqq optimum-quanto termcolor ninja; PYTHONPATH=DIR.
+nf4           the 16 quantiles of a normal distribution, a fp16 scale for every 64 weights (Dettmers et al. 2023) hqq           the package
+hqq, its optimised zero points, 64 weights a group quanto        the package optimum-quanto, its own groups (128) Nothing of this belongs
+to rbe_torch. hqq and optimum-quanto: pip install --no-deps --target DIR hqq optimum-quanto termcolor ninja; PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 def gptq(weight: Tensor, factor: Tensor, bits: int) -> Tensor:
-    """weight T [m, n], factor V upper triangular with H = V V^T: column j takes (T_j + what the columns before it left, in units of V_jj) to the grid."""
+    """weight T [m, n], factor V upper triangular with H = V V^T: column j takes (T_j + what the columns before it left, in units of V_jj)
+    to the grid."""
     m, n = weight.shape
     decoded, pull = torch.empty_like(weight), torch.zeros_like(weight)
     for first in range(0, n, GROUP):
@@ -78,7 +80,9 @@ def hqq(weight: Tensor, bits: int) -> tuple[Tensor, float]:
     """The package's quantiser; scale and zero point counted as fp16 each."""
     from hqq.core.quantize import Quantizer
 
-    packed, meta = Quantizer.quantize(weight, nbits=bits, group_size=GROUP, axis=1, optimize=True, compute_dtype=torch.float32, device="cpu")
+    packed, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=GROUP, axis=1, optimize=True, compute_dtype=torch.float32, device="cpu"
+    )
     return Quantizer.dequantize(packed, meta).float().view_as(weight), bits + 32 / GROUP
 
 

@@ -92,8 +92,11 @@ static void search(worker *t, int64_t i, int64_t k, int64_t depth, double gain, 
     const rbe_weight *w = t->j->w;
     const int64_t stages = w->layout.stages;
     int only[RBE_ENCODE_STAGES];
-    for (int64_t s = 0; s < stages; ++s)
-        only[s] = w->layout.field == RBE_FIELD_RBE9R ? (int)rbe_seeded_idx(w->seed, (uint64_t)(w->row0 + i), (uint64_t)k, (uint64_t)s, (uint64_t)w->groups_total, (uint64_t)stages) : -1;
+    for (int64_t s = 0; s < stages; ++s) {
+        only[s] = -1;
+        if (rbe_field_seeded(w->layout.field))
+            only[s] = (int)rbe_seeded_idx(w->seed, (uint64_t)(w->row0 + i), (uint64_t)k, (uint64_t)s, (uint64_t)w->groups_total, (uint64_t)stages);
+    }
     if (w->layout.field == RBE_FIELD_RBE16S) {
         for (int64_t e = 0; e < depth; ++e) t->v[e] /= gain;
         rbe_encode_signs(w, depth, t->factor, t->v, words);

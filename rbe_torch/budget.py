@@ -1,9 +1,9 @@
 """Which layout each layer gets under a budget of bytes: the mix that costs the model least, by measured loss.
 
-Every layer is encoded in every candidate, put in place alone, and what the model's output loses by that on some calibration batches is measured
-(without calibration: the relative squared error of its weights, times their number). Losses of layers add up nearly enough. For a price L of a byte each
-layer takes the candidate with the least loss + L * bytes; the mixes of all prices are the frontier (the convex hull of what mixes can reach). The
-largest that fits is filled up with the single changes that buy most loss for what is left.
+Every layer is encoded in every candidate, put in place alone, and what the model's output loses by that on some calibration batches is
+measured (without calibration: the relative squared error of its weights, times their number). Losses of layers add up nearly enough. For a
+price L of a byte each layer takes the candidate with the least loss + L * bytes; the mixes of all prices are the frontier (the convex hull
+of what mixes can reach). The largest that fits is filled up with the single changes that buy most loss for what is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _PROBED_ROWS = 256  # without calibration
 
 @dataclass
 class Choice:
-    """layouts: name -> Layout. frontier: dicts with bits_per_weight, bytes (of the converted layers), loss and how many layers take which layout.
+    """layouts: name -> Layout. frontier: dicts with bits_per_weight, bytes (of the converted layers), loss and how many layers take which
+    layout.
     bases: the tables fitted on the way, by layout without residual."""
 
     layouts: dict[str, Layout]
@@ -43,8 +44,16 @@ class Option:
     loss: float
 
 
-def choose(model: nn.Module, chosen: Sequence[Found], calls: list | None, bits: float | None, max_megabytes: float | None, seed: int = 0,
-           progress: bool = True, candidates: Sequence[str] = CANDIDATES) -> Choice:
+def choose(
+    model: nn.Module,
+    chosen: Sequence[Found],
+    calls: list | None,
+    bits: float | None,
+    max_megabytes: float | None,
+    seed: int = 0,
+    progress: bool = True,
+    candidates: Sequence[str] = CANDIDATES,
+) -> Choice:
     """The layout of every layer. ValueError: a budget that even the smallest mix exceeds, or is not a positive number."""
     limit = byte_limit(model, chosen, bits, max_megabytes)
     layouts = [Layout.parse(text) for text in candidates]
@@ -52,17 +61,26 @@ def choose(model: nn.Module, chosen: Sequence[Found], calls: list | None, bits: 
     if smallest > limit:
         name, value = ("bits", bits) if bits is not None else ("max_megabytes", max_megabytes)
         least = 8 * smallest / _weights(chosen) if bits is not None else (smallest + rest_bytes(model, chosen)) / 1e6
-        raise ValueError(f"{name}: is {value!r}, must be at least {least:.3f}, the least that the smallest layout takes with everything counted")
+        raise ValueError(
+            f"{name}: is {value!r}, must be at least {least:.3f}, the least that the smallest layout takes with everything counted"
+        )
     bases = _bases(chosen, layouts, seed, progress)
     measure = _weight_losses if calls is None else _model_losses
     with torch.no_grad():
         losses = measure(model, chosen, layouts, bases, calls, seed, progress)
-    options = {entry.name: [Option(layout, layout.bytes(*reversed(features(entry.module)), basis=False), losses[entry.name][str(layout)]) for layout in layouts]
-               for entry in chosen}
+    options = {
+        entry.name: [
+            Option(layout, layout.bytes(*reversed(features(entry.module)), basis=False), losses[entry.name][str(layout)])
+            for layout in layouts
+        ]
+        for entry in chosen
+    }
     mixes = frontier(options)
     # in small models the tables weigh as much as the layers, and one layout for all, with one table, may be the better start
     uniform = [{name: entries[index] for name, entries in options.items()} for index in range(len(layouts))]
-    starts = sorted((mix for mix in mixes if _mix_bytes(mix) <= limit), key=_mix_loss)[:1] + [mix for mix in uniform if _mix_bytes(mix) <= limit]
+    starts = sorted((mix for mix in mixes if _mix_bytes(mix) <= limit), key=_mix_loss)[:1] + [
+        mix for mix in uniform if _mix_bytes(mix) <= limit
+    ]
     best = min((fill_up(options, mix, limit) for mix in starts), key=_mix_loss)
     rows = {_mix_bytes(mix): _row(mix, chosen) for mix in (*mixes, best)}
     for row in rows.values():
@@ -112,8 +130,8 @@ def _mix_loss(mix: Mix) -> float:
 def frontier(options: dict[str, list[Option]]) -> list[Mix]:
     """The mixes that are best at some price of a byte, from the smallest to the largest.
 
-    On a layer's convex hull of (bytes, loss) each step to a larger option has a price, loss saved a byte; taken from the dearest on, over all layers,
-    the steps pass through exactly these mixes.
+    On a layer's convex hull of (bytes, loss) each step to a larger option has a price, loss saved a byte; taken from the dearest on, over
+    all layers, the steps pass through exactly these mixes.
     """
     steps: list[tuple[float, str, Option]] = []
     mix: Mix = {}
@@ -134,14 +152,17 @@ def convex_hull(entries: list[Option]) -> list[Option]:
     for option in sorted(entries, key=lambda option: (option.bytes, option.loss)):
         if hull and option.loss >= hull[-1].loss:
             continue
-        while len(hull) > 1 and (hull[-2].loss - hull[-1].loss) * (option.bytes - hull[-1].bytes) <= (hull[-1].loss - option.loss) * (hull[-1].bytes - hull[-2].bytes):
+        while len(hull) > 1 and (hull[-2].loss - hull[-1].loss) * (option.bytes - hull[-1].bytes) <= (hull[-1].loss - option.loss) * (
+            hull[-1].bytes - hull[-2].bytes
+        ):
             hull.pop()
         hull.append(option)
     return hull
 
 
 def fill_up(options: dict[str, list[Option]], mix: Mix, limit: float) -> Mix:
-    """Single changes, the one that saves most loss a byte first, while the mix stays within the limit; one that costs no bytes comes before all."""
+    """Single changes, the one that saves most loss a byte first, while the mix stays within the limit; one that costs no bytes comes
+    before all."""
     mix = dict(mix)
     while True:
         now, best = _mix_bytes(mix), None
@@ -163,7 +184,12 @@ def _row(mix: Mix, chosen: Sequence[Found]) -> dict[str, Any]:
     for option in mix.values():
         counts[str(option.layout)] = counts.get(str(option.layout), 0) + 1
     size = _mix_bytes(mix)
-    return {"bits_per_weight": 8 * size / _weights(chosen), "bytes": size, "loss": sum(option.loss for option in mix.values()), "layers": counts}
+    return {
+        "bits_per_weight": 8 * size / _weights(chosen),
+        "bytes": size,
+        "loss": sum(option.loss for option in mix.values()),
+        "layers": counts,
+    }
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------------------
@@ -178,8 +204,9 @@ def _plain(layout: Layout) -> str:
     return str(layout).partition("+")[0]
 
 
-def _weight_losses(model: nn.Module, chosen: Sequence[Found], layouts: Sequence[Layout], bases: dict[str, Tensor], calls: None, seed: int,
-                   progress: bool) -> dict[str, dict[str, float]]:
+def _weight_losses(
+    model: nn.Module, chosen: Sequence[Found], layouts: Sequence[Layout], bases: dict[str, Tensor], calls: None, seed: int, progress: bool
+) -> dict[str, dict[str, float]]:
     losses: dict[str, dict[str, float]] = {}
     with Progress("budget: measure layers", len(chosen) * len(layouts), progress) as bar:
         for entry in chosen:
@@ -189,14 +216,17 @@ def _weight_losses(model: nn.Module, chosen: Sequence[Found], layouts: Sequence[
             losses[entry.name] = {}
             for layout in layouts:
                 made = encode_layer(some, layout, bases[_plain(layout)])
-                decoded = torch.ops.rbe.decode(made.codes, made.basis, made.gain, None, **made.residual, layout=str(layout), in_features=some.shape[1])
+                decoded = torch.ops.rbe.decode(
+                    made.codes, made.basis, made.gain, None, **made.residual, layout=str(layout), in_features=some.shape[1]
+                )
                 losses[entry.name][str(layout)] = float((some - decoded).square().sum()) / norm * weight.numel() if norm > 0 else 0.0
                 bar.step(1, entry.name)
     return losses
 
 
-def _model_losses(model: nn.Module, chosen: Sequence[Found], layouts: Sequence[Layout], bases: dict[str, Tensor], calls: list, seed: int,
-                  progress: bool) -> dict[str, dict[str, float]]:
+def _model_losses(
+    model: nn.Module, chosen: Sequence[Found], layouts: Sequence[Layout], bases: dict[str, Tensor], calls: list, seed: int, progress: bool
+) -> dict[str, dict[str, float]]:
     """What the model's output loses when one layer alone is encoded, calibrated without sweeps, in a layout."""
     from .calibrate import decode_quickly, gather
     from .tune import distance
@@ -220,7 +250,9 @@ def _model_losses(model: nn.Module, chosen: Sequence[Found], layouts: Sequence[L
                         losses[entry.name] = {}
                         for layout in layouts:
                             with _weight_of(entry.module, decode_quickly(entry.module, layout, bases[_plain(layout)], moments)):
-                                parts = [float(distance(call.run(model), want, call.mask)) for call, want in zip(judges, wanted, strict=True)]
+                                parts = [
+                                    float(distance(call.run(model), want, call.mask)) for call, want in zip(judges, wanted, strict=True)
+                                ]
                             losses[entry.name][str(layout)] = sum(parts) / len(parts)
                             bar.step(1, entry.name)
     finally:

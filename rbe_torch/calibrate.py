@@ -1,14 +1,15 @@
 """Calibrated encoding: a layer's codes, gain, residual and bias chosen for what the layer does to the inputs that reach it.
 
 The layer must turn z, its input behind the compressed layers before it, into what the dense layer makes of x. With moments of x and z
-(moments.py) that is least squares, min tr((T - Q) H (T - Q)^T), and codes are found by feedback and sweeps (rbe::encode_calibrated) in turn with
-the gain that fits them best. Sources: GPTQ (Frantar et al. 2022), LDLQ of QuIP (Chee et al. 2023), targets moved by the prefix's error as in GPTAQ
-(Li et al. 2025), alternation of codes and scales as in AQLM (Egiazarian et al. 2024).
+(moments.py) that is least squares, min tr((T - Q) H (T - Q)^T), and codes are found by feedback and sweeps (rbe::encode_calibrated) in
+turn with the gain that fits them best. Sources: GPTQ (Frantar et al. 2022), LDLQ of QuIP (Chee et al. 2023), targets moved by the prefix's
+error as in GPTAQ (Li et al. 2025), alternation of codes and scales as in AQLM (Egiazarian et al. 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from .layout import Layout
 from .linear import RBELinear
 from .moments import Moments, Problem, problem_of
 from .replace import Found, dense_weight, features
-from .walk import Call, Visit, inputs, walk
+from .walk import Around, Call, Visit, inputs, walk
 
 DAMPINGS = (0.01, 0.1, 1.0)
 _HOLD_EVERY = 8  # one sequence in eight judges
@@ -32,7 +33,8 @@ _LAST_SWEEPS = 2
 
 @dataclass
 class Calibrated:
-    """A layer and how it was made. loss: mean |W x - Q z - shift|^2 over that of |W x|^2 on held-out sequences (None: too few to hold any out)."""
+    """A layer and how it was made. loss: mean |W x - Q z - shift|^2 over that of |W x|^2 on held-out sequences (None: too few to hold any
+    out)."""
 
     layer: RBELinear
     loss: float | None
@@ -40,7 +42,9 @@ class Calibrated:
     note: str = ""
 
 
-def calibrate_layer(module: nn.Module, layout: Layout, basis: nn.Parameter, fit: Moments, held: Moments | None, seed: int = 0) -> Calibrated:
+def calibrate_layer(
+    module: nn.Module, layout: Layout, basis: nn.Parameter, fit: Moments, held: Moments | None, seed: int = 0
+) -> Calibrated:
     """Encodes an nn.Linear or Conv1D for the moments of its input; damping and bias correction are those that lose least on `held`."""
     weight = dense_weight(module).float()
     bias = module.bias
@@ -67,15 +71,26 @@ def calibrate_layer(module: nn.Module, layout: Layout, basis: nn.Parameter, fit:
             loss, shift = plain, None
     if shift is not None:
         bias = nn.Parameter((bias.detach().float() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
-    layer = RBELinear.from_codes(codes.to(weight.device), basis, gain.to(weight.device), bias, layout=layout, in_features=weight.shape[1],
-                                 seed=seed if layout.seeded else None, residual={k: v.to(weight.device) for k, v in residual.items()},
-                                 dtype=module.weight.dtype)
+    layer = RBELinear.from_codes(
+        codes.to(weight.device),
+        basis,
+        gain.to(weight.device),
+        bias,
+        layout=layout,
+        in_features=weight.shape[1],
+        seed=seed if layout.seeded else None,
+        residual={k: v.to(weight.device) for k, v in residual.items()},
+        dtype=module.weight.dtype,
+    )
     return Calibrated(layer, loss, problem.damping)
 
 
 def solve(problem: Problem, layout: Layout, basis: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(gain [m], codes int32 [m, K, M], residual) of the problem, all on the CPU."""
     table = basis.detach().float().cpu()
+    if layout.residual in ("int8", "fp8"):  # a residual that fine leaves nothing to weigh
+        made = encode_layer(problem.target, layout, table, None, seed)
+        return made.gain, made.codes, made.residual
     gain, codes = _first_codes(problem, layout, table, seed)
     if not layout.has_amplitude:
         for _ in range(_GAIN_ROUNDS):
@@ -105,7 +120,9 @@ def _first_codes(problem: Problem, layout: Layout, basis: Tensor, seed: int) -> 
 
 
 def _sweep(problem: Problem, target: Tensor, codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, seed: int, count: int) -> Tensor:
-    return torch.ops.rbe.encode_calibrated(target, basis, gain, problem.hessian, None, codes, **_place(layout, target.shape[1], seed), sweeps=count)
+    return torch.ops.rbe.encode_calibrated(
+        target, basis, gain, problem.hessian, None, codes, **_place(layout, target.shape[1], seed), sweeps=count
+    )
 
 
 def _refit_gain(problem: Problem, codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, seed: int) -> Tensor:
@@ -116,7 +133,9 @@ def _refit_gain(problem: Problem, codes: Tensor, basis: Tensor, gain: Tensor, la
     return torch.where((fitted > 0) & torch.isfinite(fitted), fp16_gain(fitted), gain)
 
 
-def _decode(codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, n: int, seed: int, residual: dict[str, Tensor] | None = None) -> Tensor:
+def _decode(
+    codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, n: int, seed: int, residual: dict[str, Tensor] | None = None
+) -> Tensor:
     place = _place(layout, n, seed)
     if not residual:
         return torch.ops.rbe.decode(codes, basis.detach().float().cpu(), gain, **place)
@@ -125,28 +144,56 @@ def _decode(codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, n: int, 
 
 # ---- a whole model ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def calibrate_model(model: nn.Module, calls: list[Call], chosen: Sequence[Found], basis_of: Callable[[Found], nn.Parameter], layout_of: Callable[[Found], Layout],
-                    seeds: dict[str, int], put: Callable[[Found, RBELinear], None], tick: Callable[[Found, Calibrated], None]) -> None:
+def calibrate_model(
+    model: nn.Module,
+    calls: list[Call],
+    chosen: Sequence[Found],
+    basis_of: Callable[[Found], nn.Parameter],
+    layout_of: Callable[[Found], Layout],
+    seeds: dict[str, int],
+    put: Callable[[Found, RBELinear], None],
+    tick: Callable[[Found, Calibrated], None],
+    block_seconds: float = 0.0,
+    ready: Callable[[Found], RBELinear | None] = lambda entry: None,
+    around: Around = lambda name, block: nullcontext(),
+) -> list[dict[str, Any]]:
     """Encodes the layers in order of execution and puts each in place with `put`, so that later ones see what the earlier ones lose.
 
-    A layer that no call reaches is encoded from its weight alone, with a note.
+    A layer that no call reaches is encoded from its weight alone, with a note. block_seconds: for fitting each block of a chain to the
+    dense block's outputs when its layers are encoded; returns what that did (tune.py). ready: gives a layer that was encoded before, so that
+    it is not encoded again; around: of walk.
     """
+    fitted: list[dict[str, Any]] = []
     entries = {entry.name: entry for entry in chosen}
     left = dict(entries)
-    for visit in walk(model, calls, list(entries)):
+    for visit in walk(model, calls, list(entries), around):
         for phase in visit.stretch.phases:
-            n = features(entries[visit.stretch.full(phase[0])].module)[0]
-            device = entries[visit.stretch.full(phase[0])].module.weight.device
-            fit, held = gather(visit, phase[0], n, device)
+            todo = []
             for layer in phase:
                 entry = left.pop(visit.stretch.full(layer))
+                before = ready(entry)
+                if before is None:
+                    todo.append(entry)
+                else:
+                    put(entry, before)
+                    tick(entry, Calibrated(before, None, None, "encoded by an earlier run"))
+            if not todo:
+                continue
+            n, device = features(todo[0].module)[0], todo[0].module.weight.device
+            fit, held = gather(visit, phase[0], n, device)
+            for entry in todo:
                 made = calibrate_layer(entry.module, layout_of(entry), basis_of(entry), fit, held, seeds[entry.name])
                 put(entry, made.layer)
                 tick(entry, made)
+        if block_seconds > 0 and visit.stretch.name:
+            from .tune import tune_stretch
+
+            fitted.append({"block": visit.stretch.name, **tune_stretch(visit, block_seconds)})
     for name, entry in left.items():
         layer = RBELinear.from_linear(entry.module, layout_of(entry), basis_of(entry), seed=seeds[name])
         put(entry, layer)
         tick(entry, Calibrated(layer, None, None, "no calibration batch reached it: encoded from its weight alone"))
+    return fitted
 
 
 def gather(visit: Visit, layer: str, n: int, device: torch.device) -> tuple[Moments, Moments | None]:
@@ -154,6 +201,10 @@ def gather(visit: Visit, layer: str, n: int, device: torch.device) -> tuple[Mome
     fit, held, count = Moments.empty(n, device, judging=False), Moments.empty(n, device, judging=True), 0
     for dense_call, call in zip(visit.dense_calls, visit.calls, strict=True):
         there, here = inputs(visit.dense, dense_call, [layer])[layer], inputs(visit.stretch.module, call, [layer])[layer]
+        if [x.shape for x in there] != [
+            z.shape for z in here
+        ]:  # routed by what it computes, such as an expert: the dense model sent it other tokens
+            there = here
         for x, z in zip(there, here, strict=True):
             sequences = x.shape[0] if x.dim() > 1 else 1
             out = (torch.arange(count, count + sequences, device=x.device) % _HOLD_EVERY) == _HOLD_EVERY - 1

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibration(entry)
     entry.add_argument("--tune", type=_positive, metavar="MINUTES", help="then fit basis, gains, biases and norms to the dense model for so long; needs --calibrate")
     entry.add_argument("--report", metavar="FILE", help="also write the report there: a page (.html) or JSON (.json)")
-    entry.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time, from the weights alone; goes on after a kill; "
+    entry.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time; goes on after a kill; "
                                                              "torchrun -m rbe_torch shares the layers among processes")
     budget(entry)
     choose_layers(entry)
@@ -107,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     entry = command("plan", "list what a model would weigh in each layout, from its config.json alone; with a budget, what each layer would get",
                     "rbe plan minilm --bits 2.5")
-    entry.add_argument("model", metavar="MODEL|CONFIG", help="a model directory or a config.json")
+    entry.add_argument("model", metavar="MODEL|CONFIG",
+                       help="a model directory, a config.json, or the shapes of gpt2, llama-2-7b, llama-2-70b or gpt-3-175b")
     entry.add_argument("--layout", action="append", type=_layout, metavar="L", help="only these; may be repeated")
     budget(entry)
     calibration(entry)

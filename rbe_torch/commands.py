@@ -46,16 +46,18 @@ def run_compress(options: argparse.Namespace) -> None:
 
 
 def _stream(options: argparse.Namespace) -> None:
-    given = [name for name in ("calibrate", "tune", "bits", "max_megabytes", "report") if getattr(options, name) is not None]
+    given = [name for name in ("tune", "bits", "max_megabytes", "report") if getattr(options, name) is not None]
     if given or options.basis != "model":
-        raise UsageError(f"--stream: compresses from the weights alone in one layout with one basis; leave out --{(given or ['basis'])[0].replace('_', '-')}")
+        raise UsageError(f"--stream: compresses in one layout with one basis, without fine-tuning; leave out --{(given or ['basis'])[0].replace('_', '-')}")
     from .models import copy_companions, directory_bytes, model_directory
+    from .models import empty_model, load_config
     from .stream import PARTS, compress_checkpoint
 
     source, target = model_directory(options.model), Path(options.out)
     if not (target / PARTS).is_dir() and int(os.environ.get("RANK", "0")) == 0:
         _check_target(target, options.force, source)
-    facts = compress_checkpoint(source, target, options.layout, options.include, options.exclude, options.seed, not options.quiet)
+    batches = None if options.calibrate is None else _calibration(options, empty_model(load_config(source)), source)
+    facts = compress_checkpoint(source, target, options.layout, options.include, options.exclude, batches, options.seed, not options.quiet)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     copy_companions(source, target)
@@ -237,24 +239,27 @@ def run_bench(options: argparse.Namespace) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     from .models import PACKAGED, empty_model, load_config, model_directory
     from .plan import LAYOUTS, plan
+    from .published import PUBLISHED, published_config
 
     path = Path(options.model)
     if not path.is_file():
         path = model_directory(options.model) if path.is_dir() or options.model in PACKAGED else path
+    named = not path.exists() and options.model in PUBLISHED
     _check_budget(options)
     if options.bits is not None or options.max_megabytes is not None:
         _plan_budget(options, path)
         return
     if options.calibrate is not None:
         raise UsageError("--calibrate: sizes alone need no text; give --bits or --max-megabytes with it")
-    result = plan(empty_model(load_config(path)), tuple(options.layout or LAYOUTS), options.include, options.exclude)
+    result = plan(empty_model(published_config(options.model) if named else load_config(path)), tuple(options.layout or LAYOUTS), options.include, options.exclude)
     if options.json:
         _print_json({**asdict(result), "rest": result.rest})
         return
-    rows = [("dense", f"{result.dense_linears / 1e6:.2f}", f"{result.dense_model / 1e6:.2f}", f"{8 * result.dense_linears / result.weights:.3f}", "", "")]
-    rows += [(row.layout, f"{row.linears / 1e6:.2f}", f"{row.model / 1e6:.2f}", f"{row.bits_per_weight:.3f}", f"{result.dense_linears / row.linears:.1f}x",
+    unit, letters = (1e9, "GB") if result.dense_model >= 1e10 else (1e6, "MB")
+    rows = [("dense", f"{result.dense_linears / unit:.2f}", f"{result.dense_model / unit:.2f}", f"{8 * result.dense_linears / result.weights:.3f}", "", "")]
+    rows += [(row.layout, f"{row.linears / unit:.2f}", f"{row.model / unit:.2f}", f"{row.bits_per_weight:.3f}", f"{result.dense_linears / row.linears:.1f}x",
               row.purpose) for row in result.rows]
-    _print_table(("layout", "linears MB", "model MB", "bits/weight", "linears", "for"), rows, left=(0, 5))
+    _print_table(("layout", f"linears {letters}", f"model {letters}", "bits/weight", "linears", "for"), rows, left=(0, 5))
     print(f"{result.converted} layers with {result.weights:,} weights would be converted; the rest, {_mb(result.rest)}, stays as it is")
     for name, reason in result.skipped:
         print(f"  left alone: {name}: {reason}")

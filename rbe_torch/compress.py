@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,36 +18,48 @@ from .layout import Layout
 from .linear import RBELinear
 from .progress import Progress
 from .replace import Found, Patterns, dense_weight, find_linears, note_for_transformers, replace, stored_bytes
-from .report import LayerRow, Report
+from .report import Report
 
 __all__ = ["compress", "fit_basis"]
 
 # From this group size on, codes with a gain of their own hold next to nothing of a trained weight: it has no direction to share.
 _HOPELESS_GROUP = 32
-_FIT_SHARE = 0.5  # of the progress bar
+_BLOCK_SHARE = 0.25  # of the time for fine-tuning
 _PROBED_VALUES = 1 << 18
 
 
-def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patterns = None, exclude: Patterns = None,
-             calibration: Iterable[Any] | None = None, bits: float | None = None, max_megabytes: float | None = None, seed: int = 0,
-             progress: bool = True, basis: str = "model", tune: float | None = None) -> Report:
+def compress(
+    model: nn.Module,
+    layout: str | Layout = "rbe8x2_g8",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    calibration: Iterable[Any] | None = None,
+    bits: float | None = None,
+    max_megabytes: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    basis: str = "model",
+    tune: float | None = None,
+) -> Report:
     """Encodes every linear layer of `model` (nn.Linear, transformers' Conv1D), and returns the report.
 
     Embeddings, output heads, tied weights and layers that cannot be converted are left alone and listed in the report with the reason.
     Either all layers are replaced or, on an error, none.
 
     layout: one layout for all layers. include, exclude: regular expressions searched for in the layers' names; a head that `include` names
-    is converted. basis: "model", one basis table for all layers of a layout, or "layer", one for each. seed: the result is the same for the same
-    seed, but for `tune`, whose number of steps depends on the machine. progress: report on stderr.
+    is converted. basis: "model", one basis table for all layers of a layout, or "layer", one for each. seed: the result is the same for
+    the same seed, but for `tune`, whose number of steps depends on the machine. progress: report on stderr.
 
-    calibration: batches that the model is called with (dicts of tensors, tuples or a tensor), a few hundred sequences of the kind it is made for. The
-    layers are then encoded for what they do to these inputs instead of from their weights alone, which is far more accurate (docs/compression.md).
-    tune: minutes to spend after that on fitting basis, gains, biases and norms to the dense model's outputs; needs calibration.
-    bits, max_megabytes: a budget instead of `layout`, bits a weight of the converted layers or megabytes (1e6 bytes) of the whole model with everything
-    counted; each layer gets the layout that costs the model least (rbe_torch/budget.py), and the report holds the frontier it was chosen from.
+    calibration: batches that the model is called with (dicts of tensors, tuples or a tensor), a few hundred sequences of the kind it is
+    made for. The layers are then encoded for what they do to these inputs instead of from their weights alone, which is far more accurate
+    (docs/compression.md). tune: minutes to spend after that on fitting basis, gains, biases and norms to the dense model's outputs; needs
+    calibration. bits, max_megabytes: a budget instead of `layout`, bits a weight of the converted layers or megabytes (1e6 bytes) of the
+    whole model with everything counted; each layer gets the layout that costs the model least (rbe_torch/budget.py), and the report holds
+    the frontier it was chosen from.
 
-    ValueError: a layer's weight is not finite (names the layer), nothing to convert, an unknown layout, a budget that no layout meets, or an argument
-    that cannot be honoured. UserWarning: the layout cannot hold trained weights (codes with a gain of their own and g >= 32), before the run.
+    ValueError: a layer's weight is not finite (names the layer), nothing to convert, an unknown layout, a budget that no layout meets, or
+    an argument that cannot be honoured. UserWarning: the layout cannot hold trained weights (codes with a gain of their own and g >= 32),
+    before the run.
     """
     layout = Layout.parse(layout)
     if basis not in ("model", "layer"):
@@ -78,6 +92,7 @@ def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patt
     else:
         _warn_hopeless(layout, chosen, report, seed)
     run = _Run(model, chosen, layouts, seed, basis, progress, tables)
+    teacher = copy.deepcopy(model).eval() if tune is not None else None
     was_training = [module for module in model.modules() if module.training]
     try:
         run.fit_bases()
@@ -85,13 +100,22 @@ def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patt
             run.encode()
         else:
             model.eval()
-            run.calibrate(calls)
-            if tune is not None:
+            if tune is None:
+                run.calibrate(calls, 0.0)
+            else:
                 from .tune import tune_model
+                from .walk import find_chain
 
-                report.tuning = tune_model(model, run.originals, calls, 60.0 * tune, seed, progress)
+                blocks = len(find_chain(model, calls[0], list(layouts)))
+                fitted = run.calibrate(calls, 60.0 * tune * _BLOCK_SHARE / blocks if blocks else 0.0)
+                report.tuning = tune_model(model, teacher, calls, 60.0 * tune * (1 - _BLOCK_SHARE if blocks else 1.0), seed, progress)
+                report.tuning["blocks"] = fitted
     except BaseException:
         run.undo()
+        if teacher is not None:  # norms and biases were moved in place
+            with torch.no_grad():
+                for parameter, value in zip(model.parameters(), teacher.parameters(), strict=True):
+                    parameter.copy_(value)
         raise
     finally:
         for module in was_training:
@@ -112,18 +136,35 @@ def compress(model: nn.Module, layout: str | Layout = "rbe8x2_g8", include: Patt
     return report
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What the report says of a layer beside its sizes."""
+
+    seconds: float
+    output_error: float | None = None
+    damping: float | None = None
+    note: str = ""
+
+
 class _Run:
     """The layers of one compress call on their way from dense to encoded."""
 
-    def __init__(self, model: nn.Module, chosen: list[Found], layouts: dict[str, Layout], seed: int, basis: str, progress: bool,
-                 tables: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: list[Found],
+        layouts: dict[str, Layout],
+        seed: int,
+        basis: str,
+        progress: bool,
+        tables: dict[str, torch.Tensor],
+    ) -> None:
         self.tables = {} if basis == "layer" else tables  # fitted already, by layout
         self.model, self.chosen, self.layouts, self.seed, self.progress = model, chosen, layouts, seed, progress
         self.per_layer = basis == "layer"
         self.weights = {entry.name: dense_weight(entry.module) for entry in chosen}
-        self.originals = {entry.name: entry for entry in chosen}
         self.layers: dict[str, RBELinear] = {}
-        self.rows: dict[str, LayerRow] = {}  # seconds, output error, damping, note
+        self.rows: dict[str, _Made] = {}
         self.bases: dict[tuple, nn.Parameter] = {}
         draws = torch.randint(0, 2**32, (len(chosen),), generator=torch.Generator().manual_seed(seed)).tolist()
         self.seeds = dict(zip(self.weights, draws, strict=True))
@@ -164,23 +205,34 @@ class _Run:
                 except (ValueError, TypeError, RuntimeError) as error:
                     raise type(error)(f"{entry.name}: {error}") from error
                 made[entry.name] = layer
-                self.rows[entry.name] = LayerRow(entry.name, "", 0, 0, seconds=time.monotonic() - began)
+                self.rows[entry.name] = _Made(time.monotonic() - began)
                 bar.step(self.weights[entry.name].numel(), entry.name)
             for entry in self.chosen:
                 self.put(entry, made[entry.name])
 
-    def calibrate(self, calls: list) -> None:
+    def calibrate(self, calls: list, block_seconds: float) -> list[dict[str, Any]]:
         from .calibrate import calibrate_model
 
         last = [time.monotonic()]
         with Progress(f"{self.title}: calibrate", sum(weight.numel() for weight in self.weights.values()), self.progress) as bar:
+
             def tick(entry: Found, made: Any) -> None:
                 now = time.monotonic()
-                self.rows[entry.name] = LayerRow(entry.name, "", 0, 0, seconds=now - last[0], output_error=made.loss, damping=made.damping, note=made.note)
+                self.rows[entry.name] = _Made(now - last[0], made.loss, made.damping, made.note)
                 last[0] = now
                 bar.step(self.weights[entry.name].numel(), entry.name)
 
-            calibrate_model(self.model, calls, self.chosen, self.basis_of, lambda entry: self.layouts[entry.name], self.seeds, self.put, tick)
+            return calibrate_model(
+                self.model,
+                calls,
+                self.chosen,
+                self.basis_of,
+                lambda entry: self.layouts[entry.name],
+                self.seeds,
+                self.put,
+                tick,
+                block_seconds,
+            )
 
     def put(self, entry: Found, layer: RBELinear) -> None:
         self.layers[entry.name] = layer
@@ -199,8 +251,17 @@ def relative_error(weight: torch.Tensor, layer: RBELinear) -> float | None:
         return None
     options = {"layout": str(layer.layout), "in_features": layer.in_features, "seed": int(layer.seed) if layer.layout.seeded else 0}
     with torch.no_grad():
-        dense = torch.ops.rbe.decode(layer.packed, layer.basis, layer.gain, None, layer.residual, layer.residual_scale, layer.residual_right,
-                                     layer.residual_right_scale, **options)
+        dense = torch.ops.rbe.decode(
+            layer.packed,
+            layer.basis,
+            layer.gain,
+            None,
+            layer.residual,
+            layer.residual_scale,
+            layer.residual_right,
+            layer.residual_right_scale,
+            **options,
+        )
         return float((weight.double() - dense.double()).square().sum()) / norm
 
 
@@ -222,10 +283,14 @@ def _warn_hopeless(layout: Layout, chosen: list[Found], report: Report, seed: in
         return
     plain = Layout(layout.fields, layout.group, layout.stages)
     made = encode_layer(weight, plain, None, None, seed)
-    decoded = torch.ops.rbe.decode(made.codes, made.basis, made.gain, layout=str(plain), in_features=weight.shape[1], seed=seed if plain.seeded else 0)
+    decoded = torch.ops.rbe.decode(
+        made.codes, made.basis, made.gain, layout=str(plain), in_features=weight.shape[1], seed=seed if plain.seeded else 0
+    )
     error = float((weight.double() - decoded.double()).square().sum()) / norm
-    text = (f"{layout} loses {100 * error:.0f} % of a trained weight's energy (relative squared error {error:.3f} without residual, measured on {len(weight)} "
-            f"rows): one scaled vector for {layout.group} weights cannot hold it. It is a layout for training and fine-tuning; to compress a trained "
-            "model use 'rbe8x2_g8' (2 bits) or 'rbe8x4_g8' (4 bits), with calibration= if you can")
+    text = (
+        f"{layout} loses {100 * error:.0f} % of a trained weight's energy (relative squared error {error:.3f} without residual, measured on {len(weight)} "
+        f"rows): one scaled vector for {layout.group} weights cannot hold it. It is a layout for training and fine-tuning; to compress a trained "
+        "model use 'rbe8x2_g8' (2 bits) or 'rbe8x4_g8' (4 bits), with calibration= if you can"
+    )
     report.notes.append(text)
     warnings.warn(text, UserWarning, stacklevel=3)

@@ -14,6 +14,7 @@ GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # positive fp16
 _LARGEST_SCALE = 6.0  # codes reach exp(2) - 1 = 6.39; a little room is left
 _PROBED_ROWS = 64
 _MUCH_BETTER = 0.9  # of the squared error
+_LARGER_GAINS = (1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
 _SOLVED = 1 << 22  # numbers of the blocks solved at once
 
 
@@ -49,7 +50,8 @@ def encode_layer(weight: Tensor, layout: Layout, basis: Tensor | None = None, ga
     basis = fp16_values("basis", basis) if round_basis else basis
     options = {"layout": str(layout), "in_features": weight.shape[1], "seed": seed if layout.seeded else 0}
     if gain is None:
-        gain, codes = _fit_gain(weight, basis, layout, options)
+        fit = _fit_gain_to_largest if layout.residual == "int8" else _fit_gain
+        gain, codes = fit(weight, basis, layout, options)
     else:
         if tuple(gain.shape) != (weight.shape[0],) or not bool((gain > 0).all()) or not bool(torch.isfinite(gain).all()):
             raise ValueError(f"gain: has shape {tuple(gain.shape)}, must be {(weight.shape[0],)}, finite and positive")
@@ -85,6 +87,22 @@ def _fit_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> t
     if layout.has_amplitude:
         return gain, torch.ops.rbe.encode(weight, basis, gain, **options)
     return _encode_rows(weight, basis, gain, options)[:2]
+
+
+def _fit_gain_to_largest(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> tuple[Tensor, Tensor]:
+    """(gain, codes) that leave the smallest largest rest in each row, which is what sets the step of an int8 residual: in rows with a few large weights a
+    gain of several times the root mean square lets the codes reach those."""
+    plain = {**options, "layout": str(layout).partition("+")[0]}
+    gain, codes = _fit_gain(weight, basis, layout, options)
+    start, largest = gain, (weight - torch.ops.rbe.decode(codes, basis, gain, **plain)).abs().amax(1)
+    for factor in _LARGER_GAINS:
+        tried = fp16_gain(start * factor)
+        words = torch.ops.rbe.encode(weight, basis, tried, **options)
+        rest = (weight - torch.ops.rbe.decode(words, basis, tried, **plain)).abs().amax(1)
+        better = rest < largest
+        gain, largest = torch.where(better, tried, gain), torch.where(better, rest, largest)
+        codes = torch.where(better[:, None, None], words, codes)
+    return gain, codes
 
 
 def start_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> Tensor:

@@ -1,8 +1,8 @@
 """Moments of what reaches a layer: the sums over calibration tokens from which a layer is encoded, and what an encoding loses by them.
 
-x: a layer's input in the dense model; z: in the compressed one. With a weight w a token: sums of w, w x, w z, w z z^T and w x z^T, and for judging
-w x x^T. A token's weight is 1 / mean(x^2): outputs are normalised before they are used, so a token with a hundred times the size counts no more than
-another; without it a few huge activations (of [CLS], of separators) decide everything.
+x: a layer's input in the dense model; z: in the compressed one. With a weight w a token: sums of w, w x, w z, w z z^T and w x z^T, and for
+judging w x x^T. A token's weight is 1 / mean(x^2): outputs are normalised before they are used, so a token with a hundred times the size
+counts no more than another; without it a few huge activations (of [CLS], of separators) decide everything.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Problem:
 def problem_of(weight: Tensor, moments: Moments, damping: float, centred: bool) -> Problem:
     """The problem of weight [m, n] on the CPU.
 
-    H = cov(z) + damping * mean diagonal, T = W (x z^T + the same damping) H^-1: the weight that does to z what W does to x (the compressed prefix's
-    error is undone where it can be), drawn to W by the damping. centred: the bias takes up the means. A channel that is always zero keeps its
-    weight; where H is not positive definite in float64 the damping grows until it is.
+    H = cov(z) + damping * mean diagonal, T = W (x z^T + the same damping) H^-1: the weight that does to z what W does to x (the compressed
+    prefix's error is undone where it can be), drawn to W by the damping. centred: the bias takes up the means. A channel that is always
+    zero keeps its weight; where H is not positive definite in float64 the damping grows until it is.
     """
     total = moments.weight.double().cpu().clamp(min=_TINY)
     x, z = moments.x.double().cpu() / total, moments.z.double().cpu() / total

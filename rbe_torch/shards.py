@@ -1,6 +1,8 @@
-"""Safetensors of any size: reading one tensor at a time from a model's shards, and writing a file whose tensors never are in memory together.
+"""Safetensors of any size: reading one tensor at a time from a model's shards, and writing a file whose tensors never are in memory
+together.
 
-A file is 8 bytes (length of the header, little-endian), the header (JSON: name -> dtype, shape, data_offsets; and __metadata__), then the tensors' bytes.
+A file is 8 bytes (length of the header, little-endian), the header (JSON: name -> dtype, shape, data_offsets; and __metadata__), then the
+tensors' bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Place:
 
 
 class Shards:
-    """The tensors of a directory with model.safetensors, or with an index and shards. ValueError names the file that is missing or damaged."""
+    """The tensors of a directory with model.safetensors, or with an index and shards. ValueError names the file that is missing or
+    damaged."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -97,7 +100,9 @@ def read_tensor(place: Place) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(place.dtype).view(place.shape)
 
 
-def write_tensors(file: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]], metadata: dict[str, str]) -> None:
+def write_tensors(
+    file: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]], metadata: dict[str, str]
+) -> None:
     """A safetensors file from (name, dtype, shape, function that gives the tensor), one tensor in memory at a time."""
     entries = sorted(entries, key=lambda entry: (-entry[1].itemsize, entry[0]))  # the alignment that readers expect
     header: dict[str, object] = {"__metadata__": metadata}

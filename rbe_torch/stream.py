@@ -5,8 +5,9 @@
     3. the parts and what stays as it is become one file, which is renamed last  OUT/model.safetensors, OUT/config.json
 
 A part is renamed into place when it is whole, so a run that was killed goes on where it was: finished layers are not encoded again. Under
-torch.distributed (torchrun) the processes share the layers of step 2 through a directory that all of them see; process 0 does the other steps.
-Memory: the largest layer, its codes, and a sample of at most 8 M weights. The result does not depend on kills or on the number of processes.
+torch.distributed (torchrun) the processes share the layers of step 2 through a directory that all of them see; process 0 does the other
+steps. Memory: the largest tensor a few times, and a sample of at most 8 M weights. The result does not depend on kills or on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -15,43 +16,68 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .calibrate import calibrate_model
 from .checkpoint import replace_file
 from .codebook import fit_vectors, round_count, sample_some, sample_sizes
 from .encode import encode_layer
 from .layout import Layout
+from .linear import RBELinear
 from .manifest import BASIS_PREFIX, LayerEntry, Manifest
 from .models import empty_model, load_config
+from .offload import Offloaded, block_names, skeleton
 from .pack import digest, model_config
 from .progress import Progress
 from .reader import CONFIG_FILE, WEIGHTS_FILE
-from .replace import Found, Patterns, features, find_linears, is_conv1d
+from .replace import Found, Patterns, features, find_linears, is_conv1d, replace
 from .shards import Shards, read_header, read_tensor, write_tensors
+from .walk import Call, calls_of
 
 PARTS = ".rbe-parts"
 
 
-def compress_checkpoint(source: str | os.PathLike, target: str | os.PathLike, layout: str | Layout = "rbe8x2_g8", include: Patterns = None,
-                        exclude: Patterns = None, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Compresses the transformers model in `source` (config.json and safetensors) into `target` without ever loading it whole; from the weights alone.
+def compress_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    layout: str | Layout = "rbe8x2_g8",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compresses the transformers model in `source` (config.json and safetensors) into `target` without ever loading it whole.
 
-    Returns layers, weights, bits_per_weight, bytes and how many layers this call encoded and found finished. ValueError: shards that are damaged or do not
-    fit the configuration, a weight that is not finite (by name), or parts in `target` of a run with other arguments.
+    calibration: batches, as for compress, for a model whose layers all lie in one chain of blocks; one process. Then a block twice (as it was, and
+    on its way), what is outside the blocks, and the hidden states of all batches twice are in memory, too. None: from the weights alone.
+
+    Returns layers, weights, bits_per_weight, bytes and how many layers this call encoded and found finished. ValueError: shards that are
+    damaged or do not fit the configuration, a weight that is not finite (by name), or parts in `target` of a run with other arguments.
     """
     source, target, layout = Path(source), Path(target), Layout.parse(layout)
     shards = Shards(source)
-    model = empty_model(load_config(source))
+    model = empty_model(load_config(source)) if calibration is None else skeleton(load_config(source))
     found = [entry for entry in find_linears(model, include, exclude) if entry.convertible]
     stored = _stored_names(model, shards)
     rank, count = _process()
+    calls = None if calibration is None else calls_of(calibration, torch.device("cpu"))
+    if calls is not None and count > 1:
+        raise ValueError("calibration: layers see what those before them lose, so they cannot be shared; run one process, or leave it out")
     parts = target / PARTS
-    job = {"layout": str(layout), "seed": seed, "layers": [entry.name for entry in found], "source": shards.fingerprint}
+    job = {
+        "layout": str(layout),
+        "seed": seed,
+        "layers": [entry.name for entry in found],
+        "source": shards.fingerprint,
+        "calibration": _digest_of(calls),
+    }
     if rank == 0:
         _claim(parts, job)
     _barrier(count)
@@ -62,15 +88,34 @@ def compress_checkpoint(source: str | os.PathLike, target: str | os.PathLike, la
     _barrier(count)
     basis = nn.Parameter(read_tensor(read_header(basis_file)[0]["basis"]).float(), requires_grad=False)
     seeds = torch.randint(0, 2**32, (len(found),), generator=torch.Generator().manual_seed(seed)).tolist()
-    mine = [(entry, layer_seed) for entry, layer_seed in list(zip(found, seeds, strict=True))[rank::count]]
-    encoded = 0
-    with Progress(f"compress to {layout}", sum(features(entry.module)[0] * features(entry.module)[1] for entry, _ in mine), progress and rank == 0) as bar:
-        for entry, layer_seed in mine:
-            part = _part(parts, entry.name)
-            if not part.is_file():
-                _encode(entry, _weight(entry, stored, shards), layout, basis, layer_seed, part)
-                encoded += 1
+    mine = list(zip(found, seeds, strict=True))[rank::count]
+    finished = sum(_part(parts, entry.name).is_file() for entry, _ in mine)
+    encoded = len(mine) - finished
+    sizes = sum(features(entry.module)[0] * features(entry.module)[1] for entry, _ in mine)
+    with Progress(f"compress to {layout}", sizes, progress and rank == 0) as bar:
+
+        def tick(entry: Found) -> None:
             bar.step(features(entry.module)[0] * features(entry.module)[1], entry.name)
+
+        if calls is not None:
+            _calibrate(
+                model,
+                found,
+                dict(zip((entry.name for entry in found), seeds, strict=True)),
+                stored,
+                shards,
+                layout,
+                basis,
+                calls,
+                parts,
+                tick,
+            )
+        else:
+            for entry, layer_seed in mine:
+                part = _part(parts, entry.name)
+                if not part.is_file():
+                    _encode(entry, _weight(entry, stored, shards), layout, basis, layer_seed, part)
+                tick(entry)
     _barrier(count)
     if rank == 0:
         _assemble(model, found, seeds, stored, shards, layout, parts, target)
@@ -78,8 +123,16 @@ def compress_checkpoint(source: str | os.PathLike, target: str | os.PathLike, la
     places = read_header(target / WEIGHTS_FILE)[0]
     weights = sum(features(entry.module)[0] * features(entry.module)[1] for entry in found)
     own = sum(layout.bytes(*reversed(features(entry.module)), basis=False) for entry in found) + layout.basis_bytes
-    return {"layers": len(found), "encoded": encoded, "finished_before": len(mine) - encoded, "weights": weights, "bits_per_weight": 8 * own / weights,
-            "compressed_bytes": own, "file_bytes": sum(place.bytes for place in places.values()), "processes": count}
+    return {
+        "layers": len(found),
+        "encoded": encoded,
+        "finished_before": finished,
+        "weights": weights,
+        "bits_per_weight": 8 * own / weights,
+        "compressed_bytes": own,
+        "file_bytes": sum(place.bytes for place in places.values()),
+        "processes": count,
+    }
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------------------
@@ -104,7 +157,9 @@ def _claim(parts: Path, job: dict[str, Any]) -> None:
     note = parts / "job.json"
     if note.is_file():
         if json.loads(note.read_text(encoding="utf-8")) != job:
-            raise ValueError(f"{parts}: holds parts of a run with another model, layout, seed or choice of layers; remove it, or name another directory")
+            raise ValueError(
+                f"{parts}: holds parts of a run with another model, layout, seed or choice of layers; remove it, or name another directory"
+            )
         return
     parts.mkdir(parents=True, exist_ok=True)
     replace_file(note, lambda path: Path(path).write_text(json.dumps(job), encoding="utf-8"))
@@ -112,7 +167,8 @@ def _claim(parts: Path, job: dict[str, Any]) -> None:
 
 # ---- tensors of the model and of the file ----------------------------------------------------------------------------------------
 def _stored_names(model: nn.Module, shards: Shards) -> dict[str, str]:
-    """Name in the model -> name in the shards, for every tensor that the file must have; those that share one have one name in the shards."""
+    """Name in the model -> name in the shards, for every tensor that the file must have; those that share one have one name in the
+    shards."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -124,7 +180,9 @@ def _stored_names(model: nn.Module, shards: Shards) -> dict[str, str]:
             raise ValueError(f"{shards.directory}: tensor {names[0]!r} of the model is in no shard")
         shape = tuple(model.state_dict()[names[0]].shape)
         if shards.places[forms[0]].shape != shape:
-            raise ValueError(f"{shards.directory}: tensor {forms[0]!r} has shape {shards.places[forms[0]].shape}, must be {shape} by {CONFIG_FILE}")
+            raise ValueError(
+                f"{shards.directory}: tensor {forms[0]!r} has shape {shards.places[forms[0]].shape}, must be {shape} by {CONFIG_FILE}"
+            )
         stored |= dict.fromkeys(names, forms[0])
     return stored
 
@@ -157,14 +215,107 @@ def _encode(entry: Found, weight: Tensor, layout: Layout, basis: nn.Parameter, s
     except (ValueError, TypeError, RuntimeError) as error:
         raise type(error)(f"{entry.name}: {error}") from error
     packed = torch.ops.rbe.pack(made.codes, layout=str(layout), in_features=weight.shape[1], seed=seed if layout.seeded else 0)
-    tensors = {"packed": packed, "gain": made.gain.half(), **made.residual}
+    _write_part(part, {"packed": packed, "gain": made.gain.half(), **made.residual})
+
+
+def _write_part(part: Path, tensors: dict[str, Tensor]) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     hashes = {name: digest(tensor) for name, tensor in tensors.items()}
-    replace_file(part, lambda path: write_tensors(path, [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()],
-                                                  {"hashes": json.dumps(hashes)}))
+    entries = [(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+    replace_file(part, lambda path: write_tensors(path, entries, {"hashes": json.dumps(hashes)}))
+
+
+# ---- calibrated ------------------------------------------------------------------------------------------------------------------
+def _digest_of(calls: list[Call] | None) -> str | None:
+    """SHA-256 of the batches' tensors."""
+    if calls is None:
+        return None
+    found = hashlib.sha256()
+    for call in calls:
+        for value in (*call.args, *(call.kwargs[key] for key in sorted(call.kwargs))):
+            found.update(digest(value).encode() if isinstance(value, Tensor) else repr(value).encode())
+    return found.hexdigest()
+
+
+def _calibrate(
+    model: nn.Module,
+    found: list[Found],
+    seeds: dict[str, int],
+    stored: dict[str, str],
+    shards: Shards,
+    layout: Layout,
+    basis: nn.Parameter,
+    calls: list[Call],
+    parts: Path,
+    tick: Callable[[Found], None],
+) -> None:
+    """Block after block: read, encoded behind the compressed prefix, written, forgotten. Parts that are there are read instead."""
+    offloaded = Offloaded(model, block_names(model, [entry.name for entry in found]), stored, shards)
+
+    @contextmanager
+    def around(name: str, block: nn.Module) -> Iterator[None]:
+        with offloaded.pinned(name, block):
+            try:
+                yield
+            finally:
+                for entry in found:
+                    if entry.name.startswith(f"{name}."):
+                        replace(entry, entry.module)
+
+    def ready(entry: Found) -> RBELinear | None:
+        part = _part(parts, entry.name)
+        if not part.is_file():
+            return None
+        tensors = {key: read_tensor(place) for key, place in read_header(part)[0].items()}
+        packed, gain, bias = tensors.pop("packed"), tensors.pop("gain").float(), tensors.pop("bias", None)
+        return RBELinear.from_codes(
+            packed,
+            basis,
+            gain,
+            bias,
+            layout=layout,
+            in_features=features(entry.module)[0],
+            seed=seeds[entry.name] if layout.seeded else None,
+            residual=tensors,
+            dtype=entry.module.weight.dtype,
+        )
+
+    def put(entry: Found, layer: RBELinear) -> None:
+        replace(entry, layer)
+        part = _part(parts, entry.name)
+        if not part.is_file():
+            residual = {key: layer._buffers[key] for key in layout.residual_shapes(layer.out_features, layer.in_features)}
+            bias = {} if layer.bias is None else {"bias": layer.bias}
+            _write_part(part, {"packed": layer.packed, "gain": layer.gain.half(), **bias, **residual})
+
+    try:
+        calibrate_model(
+            model,
+            calls,
+            found,
+            lambda entry: basis,
+            lambda entry: layout,
+            seeds,
+            put,
+            lambda entry, made: tick(entry),
+            ready=ready,
+            around=around,
+        )
+    finally:
+        offloaded.close()
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------------------
-def _assemble(model: nn.Module, found: list[Found], seeds: list[int], stored: dict[str, str], shards: Shards, layout: Layout, parts: Path, target: Path) -> None:
+def _assemble(
+    model: nn.Module,
+    found: list[Found],
+    seeds: list[int],
+    stored: dict[str, str],
+    shards: Shards,
+    layout: Layout,
+    parts: Path,
+    target: Path,
+) -> None:
     entries: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]] = []
     hashes: dict[str, str] = {}
     layers: dict[str, LayerEntry] = {}
@@ -182,12 +333,14 @@ def _assemble(model: nn.Module, found: list[Found], seeds: list[int], stored: di
             add(f"{entry.name}.{key}", place.dtype, place.shape, lambda place=place: read_tensor(place), known[key])
         n, m = features(entry.module)
         dtype = shards.places[stored[f"{entry.name}.weight"]].dtype
-        layers[entry.name] = LayerEntry(str(layout), n, m, 0, seed if layout.seeded else None, str(dtype).removeprefix("torch."), entry.module.bias is not None)
-    weights = {f"{name}.weight" for name in layers}
+        layers[entry.name] = LayerEntry(
+            str(layout), n, m, 0, seed if layout.seeded else None, str(dtype).removeprefix("torch."), entry.module.bias is not None
+        )
+    own = {f"{name}.weight" for name in layers} | set(hashes)
     aliases: dict[str, str] = {}
     first: dict[str, str] = {}
     for name, there in stored.items():
-        if name in weights:
+        if name in own:
             continue
         if there in first:
             aliases[name] = first[there]

@@ -45,8 +45,10 @@ def calibration_batches(model: nn.Module, tokenizer: Any, lines: Sequence[str], 
 def sentence_batches(tokenizer: Any, sentences: Sequence[str], size: int = 64) -> list[dict[str, Tensor]]:
     """Padded batches of sentences of similar length, at most 128 tokens each."""
     ordered = sorted(sentences, key=len)
-    return [dict(tokenizer(ordered[i : i + size], padding=True, truncation=True, max_length=SENTENCE_TOKENS, return_tensors="pt"))
-            for i in range(0, len(ordered), size)]
+    return [
+        dict(tokenizer(ordered[i : i + size], padding=True, truncation=True, max_length=SENTENCE_TOKENS, return_tensors="pt"))
+        for i in range(0, len(ordered), size)
+    ]
 
 
 def text_windows(tokenizer: Any, text: str, context: int) -> Tensor:

@@ -1,13 +1,12 @@
 """Fine-tuning a compressed model to its dense original: basis, gains, biases and norms move, codes stay.
 
-`tune_stretch` fits what one block does to the dense block's output, `tune_model` the whole model's output to the dense model's (distillation). The
-forward pass multiplies by decoded weights, whose gradient is gathered into basis and gain: for a batch of hundreds of tokens that is quicker on
-small layers than the product in codes, and the same numbers.
+`tune_stretch` fits what one block does to the dense block's output, `tune_model` the whole model's output to the dense model's
+(distillation). The forward pass multiplies by decoded weights, whose gradient is gathered into basis and gain: for a batch of hundreds of
+tokens that is quicker on small layers than the product in codes, and the same numbers.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from .encode import fp16_gain, fp16_values
 from .linear import RBELinear
 from .progress import Progress
-from .walk import Call, output_tensor
+from .walk import Call, Visit, output_tensor
 
-# Of Adam, in units of the basis's root mean square, for log gain, and for biases and norms. MiniLM, rbe8x2_g8, four minutes (80 to 100 steps of 64
+# Of Adam, in units of the basis's root mean square, for log gain, and for biases and norms. MiniLM, rbe8x2_g8, four minutes (80 to 100
+# steps of 64
 # sentences) from a cosine of 0.912 to the dense embeddings: these divided by 6, 0.933; divided by 2, 0.936; times 1.7, 0.938.
 RATES = {"basis": 6e-3, "log_gain": 6e-3, "rest": 2e-3}
 _WARM = 0.05  # of the time
@@ -57,8 +57,9 @@ class _Student:
         own = {id(layer.basis) for layer in module.modules() if isinstance(layer, RBELinear)}
         own |= {id(layer._parameters["gain"]) for layer in module.modules() if isinstance(layer, RBELinear)}
         self.rest = [p for p in module.parameters() if p.dim() == 1 and p.is_floating_point() and id(p) not in own]
-        self._before = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
-        self.kept = [p.requires_grad for p in self.rest]
+        self._required = [(p, p.requires_grad) for p in module.parameters()]
+        gains = [layer._parameters["gain"] for layer in self.layers]
+        self._before = [(p, p.detach().clone()) for p in (*self.basis, *self.rest, *gains)]
 
     def groups(self) -> list[dict[str, Any]]:
         scale = [float(table.detach().square().mean().sqrt()) for table in self.basis]
@@ -69,7 +70,7 @@ class _Student:
     def running(self) -> Iterator[None]:
         """While it lasts nothing else of the module is trained and the layers multiply by decoded weights."""
         mine = {id(p) for p in (*self.basis, *self.rest)}
-        for parameter, _, _ in self._before:
+        for parameter, _ in self._required:
             parameter.requires_grad_(id(parameter) in mine)
         for layer, log_gain, words in zip(self.layers, self.log_gain, self.words, strict=True):
             layer.forward = _forward(layer, log_gain, words)
@@ -78,7 +79,7 @@ class _Student:
         finally:
             for layer in self.layers:
                 del layer.forward
-            for parameter, _, required in self._before:
+            for parameter, required in self._required:
                 parameter.requires_grad_(required)
                 parameter.grad = None
 
@@ -92,18 +93,10 @@ class _Student:
 
     @torch.no_grad()
     def undo(self) -> None:
-        for parameter, value, _ in self._before:
+        for parameter, value in self._before:
             parameter.copy_(value)
         for layer, log_gain in zip(self.layers, self.log_gain, strict=True):
             log_gain.copy_(layer.gain.log())
-
-    def state(self) -> list[Tensor]:
-        return [p.detach().clone() for p in (*self.basis, *self.log_gain, *self.rest)]
-
-    @torch.no_grad()
-    def restore(self, state: list[Tensor]) -> None:
-        for parameter, value in zip((*self.basis, *self.log_gain, *self.rest), state, strict=True):
-            parameter.copy_(value)
 
 
 def _forward(layer: RBELinear, log_gain: Tensor, words: Tensor) -> Callable[[Tensor], Tensor]:
@@ -123,8 +116,8 @@ def _forward(layer: RBELinear, log_gain: Tensor, words: Tensor) -> Callable[[Ten
 def distance(output: Any, wanted: Tensor, mask: Tensor | None) -> Tensor:
     """How far a model's output is from the dense model's.
 
-    Logits [..., V]: mean over tokens of KL(dense || compressed). Hidden states [B, T, d]: 1 - cosine of the mean over a sequence's tokens, plus a fifth
-    of the tokens' own relative squared error; other tensors: the relative squared error of their last dimension.
+    Logits [..., V]: mean over tokens of KL(dense || compressed). Hidden states [B, T, d]: 1 - cosine of the mean over a sequence's tokens,
+    plus a fifth of the tokens' own relative squared error; other tensors: the relative squared error of their last dimension.
     """
     got = output_tensor(output).float()
     if isinstance(getattr(output, "logits", None), Tensor):
@@ -139,17 +132,14 @@ def distance(output: Any, wanted: Tensor, mask: Tensor | None) -> Tensor:
     return whole.mean() + 0.2 * (lost * real).sum() / real.sum()
 
 
-def tune_model(model: nn.Module, originals: dict[str, Any], calls: Sequence[Call], seconds: float, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+def tune_model(
+    model: nn.Module, teacher: nn.Module, calls: Sequence[Call], seconds: float, seed: int = 0, progress: bool = True
+) -> dict[str, Any]:
     """Distils the dense model into the compressed one for `seconds`; returns losses before and after on batches that it did not train on.
 
-    originals: the dense layers by name (Found). The model is changed in place, basis and gain end as fp16 values; where the held-out loss did not fall
-    everything is put back.
+    teacher: the dense model in eval mode, which shares no parameter with `model`. The model is changed in place, basis and gain end as
+    fp16 values; where the held-out loss did not fall everything is put back.
     """
-    teacher = copy.deepcopy(model)
-    for name, entry in originals.items():
-        parent, _, child = name.rpartition(".")
-        teacher.get_submodule(parent)._modules[child] = entry.module
-    teacher.eval()
     cache: dict[int, Tensor] = {}
 
     def wanted(index: int) -> Tensor:
@@ -167,7 +157,23 @@ def tune_model(model: nn.Module, originals: dict[str, Any], calls: Sequence[Call
     return _fit(_Student(model, basis=True), loss, len(calls), seconds, seed, progress, "tune")
 
 
-def _fit(student: _Student, loss: Callable[[int], Tensor], count: int, seconds: float, seed: int, progress: bool, title: str) -> dict[str, Any]:
+def tune_stretch(visit: Visit, seconds: float, seed: int = 0) -> dict[str, Any]:
+    """Fits gains, biases and norms of a block whose layers are compressed to the dense block's outputs, for `seconds`; the basis is shared
+    and stays."""
+    with torch.no_grad():
+        wanted = [output_tensor(call.run(visit.dense)).float() for call in visit.dense_calls]
+
+    def loss(index: int) -> Tensor:
+        got, want, mask = output_tensor(visit.calls[index].run(visit.stretch.module)).float(), wanted[index], visit.calls[index].mask
+        lost = (got - want).square().sum(-1) / want.square().sum(-1).clamp(min=1e-12)
+        return lost[mask].mean() if mask is not None and mask.shape == lost.shape else lost.mean()
+
+    return _fit(_Student(visit.stretch.module, basis=False), loss, len(visit.calls), seconds, seed, False, visit.stretch.name)
+
+
+def _fit(
+    student: _Student, loss: Callable[[int], Tensor], count: int, seconds: float, seed: int, progress: bool, title: str
+) -> dict[str, Any]:
     """Adam on loss(batch) with a warm-up and a cosine over the time given."""
     held = list(range(_CHECKED - 1, count, _CHECKED))[:_CHECKED] if count >= _CHECKED else []
     trained = [index for index in range(count) if index not in held]

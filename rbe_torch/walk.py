@@ -1,15 +1,15 @@
 """Walking through a model stretch by stretch with calibration batches: what reaches each linear layer, dense and compressed side by side.
 
-A *stretch* is a transformer block where the model is a chain of blocks (block i + 1 takes what block i returned, and everything else that it is
-called with is the same for all): then only the hidden states between two blocks are kept. Layers outside the chain, and models that are no
-chain, are walked with the whole model as the stretch.
+A *stretch* is a transformer block where the model is a chain of blocks (block i + 1 takes what block i returned, and everything else that
+it is called with is the same for all): then only the hidden states between two blocks are kept. Layers outside the chain, and models that
+are no chain, are walked with the whole model as the stretch.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,12 @@ class Call:
 
 
 def calls_of(calibration: Iterable[Any], device: torch.device) -> list[Call]:
-    """Batches (dicts of tensors, tuples or lists of arguments, or one tensor) as calls. ValueError or TypeError: none, or of another kind."""
+    """Batches (dicts of tensors, tuples or lists of arguments, or one tensor) as calls. ValueError or TypeError: none, or of another
+    kind."""
     if isinstance(calibration, (str, bytes, Tensor, dict)) or not isinstance(calibration, Iterable):
-        raise TypeError(f"calibration: is a {type(calibration).__name__}, must be an iterable of batches: dicts of tensors, tuples, or tensors")
+        raise TypeError(
+            f"calibration: is a {type(calibration).__name__}, must be an iterable of batches: dicts of tensors, tuples, or tensors"
+        )
     calls = []
     for batch in calibration:
         if hasattr(batch, "items"):
@@ -66,7 +69,9 @@ def try_call(model: nn.Module, call: Call) -> None:
     except Exception as error:  # whatever a model's own code raises
         raise ValueError(f"calibration: the model refused the first batch: {type(error).__name__}: {error}") from error
     if output_tensor(output) is None:
-        raise ValueError(f"calibration: the model returned a {type(output).__name__}, must be a tensor, a tuple that starts with one, or a transformers output")
+        raise ValueError(
+            f"calibration: the model returned a {type(output).__name__}, must be a tensor, a tuple that starts with one, or a transformers output"
+        )
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -74,7 +79,8 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def output_tensor(output: Any) -> Tensor | None:
-    """The tensor that stands for a module's output: itself, the first of a tuple, or a transformers output's logits or last hidden state."""
+    """The tensor that stands for a module's output: itself, the first of a tuple, or a transformers output's logits or last hidden
+    state."""
     if isinstance(output, Tensor):
         return output
     for key in ("logits", "last_hidden_state"):
@@ -87,7 +93,8 @@ def output_tensor(output: Any) -> Tensor | None:
 
 @dataclass
 class Stretch:
-    """`module` is called with `calls`; `phases` are the layers in it (names below `module`) that see the same input, in order of execution."""
+    """`module` is called with `calls`; `phases` are the layers in it (names below `module`) that see the same input, in order of
+    execution."""
 
     name: str
     module: nn.Module
@@ -186,14 +193,19 @@ def _is_chain(model: nn.Module, call: Call, names: list[str]) -> bool:
         return False
     first = before[0]
     return all(
-        after[i - 1] is not None and before[i][0][0] is after[i - 1] and _same(before[i][0][1:], first[0][1:]) and _same(before[i][1], first[1])
+        after[i - 1] is not None
+        and before[i][0][0] is after[i - 1]
+        and _same(before[i][0][1:], first[0][1:])
+        and _same(before[i][1], first[1])
         for i in range(1, len(names))
     )
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+        return a is b or (
+            isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        )
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -203,7 +215,8 @@ def _same(a: Any, b: Any) -> bool:
 
 @dataclass
 class Visit:
-    """A stretch with the calls that reach it: `dense` is a copy of it as it was, with dense inputs; the stretch itself sees compressed ones."""
+    """A stretch with the calls that reach it: `dense` is a copy of it as it was, with dense inputs; the stretch itself sees compressed
+    ones."""
 
     stretch: Stretch
     dense: nn.Module
@@ -211,12 +224,27 @@ class Visit:
     calls: list[Call]
 
 
-@torch.no_grad()
-def walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterator[Visit]:
+Around = Callable[[str, nn.Module], AbstractContextManager[None]]
+
+
+def walk(model: nn.Module, calls: list[Call], layers: Sequence[str], around: Around = lambda name, block: nullcontext()) -> Iterator[Visit]:
     """Visits every stretch that holds some of the layers, in order of execution. Between two visits the caller replaces the layers visited.
 
-    A layer that no call reaches is in no visit.
+    A layer that no call reaches is in no visit. around(name, block): a context for as long as a block of a chain is visited. Caches of keys and values are off meanwhile: a block that is run again would find its own
+    tokens there.
     """
+    configs = {id(config): config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", False)}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield from _walk(model, calls, layers, around)
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+@torch.no_grad()
+def _walk(model: nn.Module, calls: list[Call], layers: Sequence[str], around: Around) -> Iterator[Visit]:
     order = [layer for phase in _order(model, calls[0], layers) for layer in phase]
     blocks = find_chain(model, calls[0], layers)
     inside = {layer for layer in order for block in blocks if layer.startswith(f"{block}.")}
@@ -227,21 +255,31 @@ def walk(model: nn.Module, calls: list[Call], layers: Sequence[str]) -> Iterator
     if early:
         yield Visit(Stretch("", model, _order(model, calls[0], early)), original, calls, calls)
     if blocks:
-        yield from _walk_chain(model, original if early else model, calls, blocks, sorted(inside, key=order.index))
+        yield from _walk_chain(model, original if early else model, calls, blocks, sorted(inside, key=order.index), around)
     if late:
         yield Visit(Stretch("", model, _order(model, calls[0], late)), original, calls, calls)
 
 
-def _walk_chain(model: nn.Module, original: nn.Module, calls: list[Call], blocks: list[str], layers: list[str]) -> Iterator[Visit]:
+def _walk_chain(
+    model: nn.Module, original: nn.Module, calls: list[Call], blocks: list[str], layers: list[str], around: Around
+) -> Iterator[Visit]:
     here = [_call_of(model, blocks[0], call) for call in calls]
     there = here if original is model else [_call_of(original, blocks[0], call) for call in calls]
     for name in blocks:
         block = model.get_submodule(name)
         inside = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
-        dense = copy.deepcopy(block)
-        yield Visit(Stretch(name, block, _order(block, here[0], inside)), dense, there, here)
-        there = [call.with_hidden(output_tensor(call.run(dense))) for call in there]
-        here = [call.with_hidden(output_tensor(call.run(block))) for call in here]
+        with around(name, block):
+            dense = copy.deepcopy(block)
+            yield Visit(Stretch(name, block, _order(block, here[0], inside)), dense, there, here)
+            there = [call.with_hidden(output_tensor(call.run(dense))) for call in there]
+            here = [call.with_hidden(output_tensor(call.run(block))) for call in here]
+            _drop(dense)
+
+
+def _drop(module: nn.Module) -> None:
+    """Frees the parameters of a copy that has served, whoever still holds it."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
 def _call_of(model: nn.Module, name: str, call: Call) -> Call:

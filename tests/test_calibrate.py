@@ -1,4 +1,5 @@
-"""Calibrated compression. Risks: a layer that is worse on its inputs than without, a half-changed model, hooks left behind, inputs that are not those of
+"""Calibrated compression. Risks: a layer that is worse on its inputs than without, a half-changed model, hooks left behind, inputs that
+are not those of
 the compressed prefix, results that change from run to run, and a budget that is exceeded."""
 
 from __future__ import annotations
@@ -12,12 +13,23 @@ import torch
 from torch import nn
 
 import rbe_torch
-from rbe_torch import budget, calibrate, codebook, encode, moments, walk
+from rbe_torch import budget, calibrate, codebook, encode, moments, shards, walk
 from rbe_torch.layout import Layout
 from rbe_torch.linear import RBELinear
 
 ROUNDING = 1e-3  # float32 moments of a few thousand tokens
-LAYOUTS = ["rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe16sx2_g8", "rbe22_g8", "rbe32_g8", "rbe9r_g16", "rbe8x2_g8+lr4", "rbe8x2_g8+sp0.02"]
+LAYOUTS = [
+    "rbe8_g8",
+    "rbe8x2_g8",
+    "rbe16s_g8",
+    "rbe16sx2_g8",
+    "rbe22_g8",
+    "rbe32_g8",
+    "rbe9r_g16",
+    "rbe4r_g8",
+    "rbe8x2_g8+lr4",
+    "rbe8x2_g8+sp0.02",
+]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -112,7 +124,9 @@ def test_with_an_identity_hessian_it_is_no_worse_than_plain_encoding(layout):
     made = plain(weight, layout)
     eye = torch.eye(24)
     codes = torch.ops.rbe.encode_calibrated(weight, made.basis, made.gain, eye, eye, layout=layout, in_features=24, sweeps=0)
-    assert decoded_loss(weight, eye, codes, made.basis, made.gain, layout) <= 1.01 * decoded_loss(weight, eye, made.codes, made.basis, made.gain, layout)
+    assert decoded_loss(weight, eye, codes, made.basis, made.gain, layout) <= 1.01 * decoded_loss(
+        weight, eye, made.codes, made.basis, made.gain, layout
+    )
 
 
 def test_one_group_is_the_best_of_all_codes_under_the_metric():
@@ -134,7 +148,9 @@ def test_threads_do_not_change_codes():
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            found.append(torch.ops.rbe.encode_calibrated(weight, made.basis, made.gain, hessian, factor, layout="rbe8x2_g8", in_features=40))
+            found.append(
+                torch.ops.rbe.encode_calibrated(weight, made.basis, made.gain, hessian, factor, layout="rbe8x2_g8", in_features=40)
+            )
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
@@ -148,7 +164,15 @@ def test_threads_do_not_change_codes():
 ])  # fmt: skip
 def test_the_operator_refuses_bad_input_by_name(change, message):
     weight, hessian, factor = problem()
-    values = {"weight": weight, "basis": draw(2, 256, 8), "gain": torch.ones(20), "hessian": hessian, "factor": factor, "codes": None, "sweeps": 1} | change
+    values = {
+        "weight": weight,
+        "basis": draw(2, 256, 8),
+        "gain": torch.ones(20),
+        "hessian": hessian,
+        "factor": factor,
+        "codes": None,
+        "sweeps": 1,
+    } | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rbe.encode_calibrated(**values, layout="rbe8x2_g8", in_features=43)
 
@@ -156,8 +180,12 @@ def test_the_operator_refuses_bad_input_by_name(change, message):
 def test_opcheck():
     weight, hessian, factor = problem(6, 16)
     arguments = (weight, draw(2, 256, 8), torch.ones(6), hessian[:16, :16].contiguous(), factor[:16, :16].contiguous())
-    torch.library.opcheck(torch.ops.rbe.encode_calibrated.default, arguments, {"layout": "rbe8x2_g8", "in_features": 16},
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.rbe.encode_calibrated.default,
+        arguments,
+        {"layout": "rbe8x2_g8", "in_features": 16},
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 # ---- moments ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +244,9 @@ def test_stretches_come_in_order_and_share_inputs():
 def test_what_reaches_a_block_is_what_the_model_sends_it():
     model, data = net(), batches(1)
     expected = {}
-    handles = [block.register_forward_pre_hook(lambda _, args, i=i: expected.__setitem__(i, args[0])) for i, block in enumerate(model.blocks)]
+    handles = [
+        block.register_forward_pre_hook(lambda _, args, i=i: expected.__setitem__(i, args[0])) for i, block in enumerate(model.blocks)
+    ]
     with torch.no_grad():
         model(data[0])
     for handle in handles:
@@ -271,6 +301,34 @@ def test_padding_is_not_gathered():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_decoder_with_a_cache_sees_its_tokens_once():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+    visits = list(walk.walk(model, walk.calls_of([{"input_ids": ids}], torch.device("cpu")), names))
+    assert [visit.stretch.name for visit in visits] == ["transformer.h.0", "transformer.h.1"] and model.config.use_cache
+    for visit, expected in zip(visits, hidden[1:], strict=True):
+        for _ in range(2):
+            got = walk.output_tensor(visit.calls[0].run(visit.stretch.module)).detach()
+            if visit is visits[0]:
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            else:  # the last hidden state is after the final norm
+                torch.testing.assert_close(model.transformer.ln_f(got), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_are_calibrated_and_tuned(dtype):
+    model = net().to(dtype)
+    report = run(model, "rbe8_g8", calibration=[batch.to(dtype) for batch in batches(8)], tune=0.01)
+    assert model.blocks[0].up.weight.dtype == model.blocks[0].up.bias.dtype == model.blocks[0].norm.weight.dtype == dtype
+    assert report.tuning["steps"] > 0 and model(batches(1)[0].to(dtype)).dtype == dtype
+
+
 # ---- whole models ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_calibration_loses_less_than_none(layout):
@@ -317,10 +375,57 @@ def test_a_layer_that_nothing_reaches_is_encoded_and_said_so():
     assert isinstance(model.spare, RBELinear)
 
 
+def test_the_full_form_is_exact_to_a_hundredth_on_minilm():
+    """`rbe8x2_g8+int8` on layers of a trained encoder: |W - Q| <= 1e-2 |W|, on the rows whose largest weight stands out most, as they set
+    int8's step."""
+    from rbe_torch import models
+
+    try:
+        directory = models.model_directory("minilm")
+    except ValueError as error:
+        pytest.skip(str(error))
+    layout, places = Layout.parse("rbe8x2_g8+int8"), shards.Shards(directory)
+    weights = [
+        places.tensor(f"encoder.layer.{name}.weight").float()
+        for name in ("0.output.dense", "5.intermediate.dense", "3.attention.self.query")
+    ]
+    table = codebook.fit_basis([weight[::16] for weight in weights], layout)
+    for weight in weights:
+        weight = weight[(weight.abs().amax(1) / weight.square().mean(1).sqrt()).topk(24).indices]
+        made = encode.encode_layer(weight, layout, table)
+        decoded = torch.ops.rbe.decode(
+            made.codes, made.basis, made.gain, None, **made.residual, layout=str(layout), in_features=weight.shape[1]
+        )
+        assert float((weight - decoded).norm() / weight.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("suffix", ["int8", "fp8", "lr4", "sp0.05"])
+def test_every_residual_is_encoded_stored_run_and_differentiated(suffix, tmp_path):
+    model = net()
+    run(model, f"rbe8x2_g8+{suffix}", calibration=batches())
+    x = batches(1)[0].requires_grad_()
+    model(x).square().sum().backward()
+    rbe_torch.save_pretrained(model, tmp_path)
+    loaded, dense = rbe_torch.load_pretrained(tmp_path, net()), net()
+    y = x.detach().clone().requires_grad_()
+    loaded(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    for name, layer in list(loaded.named_modules()):
+        if isinstance(layer, RBELinear):
+            parent, _, child = name.rpartition(".")
+            setattr(dense.get_submodule(parent), child, layer.to_linear())
+    dense.load_state_dict({k: v for k, v in loaded.state_dict().items() if "norm" in k}, strict=False)
+    z = x.detach().clone().requires_grad_()
+    dense(z).square().sum().backward()
+    torch.testing.assert_close(y.grad, z.grad, rtol=1e-3, atol=1e-4)
+
+
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------------------
 def test_tuning_lowers_the_loss_keeps_fp16_and_saves_what_it_measured(tmp_path):
     dense, model = net(), net()
     report = run(model, "rbe8_g8", calibration=batches(16), tune=0.05)
+    assert [block["block"] for block in report.tuning["blocks"]] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert all(not block["kept"] or block["after"] <= block["before"] for block in report.tuning["blocks"])
     assert report.tuning["kept"] and report.tuning["after"] < report.tuning["before"] and report.tuning["steps"] > 0
     plain = net()
     run(plain, "rbe8_g8", calibration=batches(16))
@@ -331,6 +436,22 @@ def test_tuning_lowers_the_loss_keeps_fp16_and_saves_what_it_measured(tmp_path):
     x = batches(1)[0]
     with torch.no_grad():
         assert torch.equal(rbe_torch.load_pretrained(tmp_path, net())(x), model(x))
+
+
+def test_an_error_while_tuning_puts_norms_and_biases_back(monkeypatch):
+    from rbe_torch import tune
+
+    model = net()
+    before, state = [id(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+
+    def failing(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(tune, "tune_model", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(model, "rbe8_g8", calibration=batches(8), tune=0.02)
+    assert [id(m) for m in model.modules()] == before
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe16s_g8", "rbe22_g16", "rbe9rx2_g16"])
@@ -374,8 +495,18 @@ def test_max_megabytes_counts_the_whole_model(monkeypatch):
     assert report.compressed_bytes + report.other_bytes <= 45000
 
 
-@pytest.mark.parametrize(("options", "name"), [({"bits": 0.01}, "bits"), ({"max_megabytes": 1e-6}, "max_megabytes"), ({"bits": -1}, "bits"), ({"bits": "2"}, "bits"),
-                                               ({"bits": 2.0, "max_megabytes": 1.0}, "bits"), ({"tune": 1.0}, "tune"), ({"tune": 0}, "tune")])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"bits": 0.01}, "bits"),
+        ({"max_megabytes": 1e-6}, "max_megabytes"),
+        ({"bits": -1}, "bits"),
+        ({"bits": "2"}, "bits"),
+        ({"bits": 2.0, "max_megabytes": 1.0}, "bits"),
+        ({"tune": 1.0}, "tune"),
+        ({"tune": 0}, "tune"),
+    ],
+)
 def test_impossible_budgets_are_refused_by_name(options, name):
     model = net()
     before = [id(module) for module in model.modules()]
@@ -388,7 +519,10 @@ def test_the_frontier_is_the_hull_of_all_mixes():
     """Three layers with made-up losses: at every price no mix of all 27 beats the frontier."""
     layouts = [Layout.parse(text) for text in ("rbe8_g8", "rbe8x2_g8", "rbe8x3_g8")]
     values = draw(3, 3).abs()
-    options = {str(i): [budget.Option(layout, (j + 1) * (100 + 10 * i), float(values[i, j:].sum())) for j, layout in enumerate(layouts)] for i in range(3)}
+    options = {
+        str(i): [budget.Option(layout, (j + 1) * (100 + 10 * i), float(values[i, j:].sum())) for j, layout in enumerate(layouts)]
+        for i in range(3)
+    }
     mixes = [(sum(o.bytes for o in mix.values()), sum(o.loss for o in mix.values())) for mix in budget.frontier(options)]
     every = [(a.bytes + b.bytes + c.bytes, a.loss + b.loss + c.loss) for a in options["0"] for b in options["1"] for c in options["2"]]
     for price in torch.logspace(-5, 1, 40).tolist():

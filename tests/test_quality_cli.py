@@ -1,4 +1,5 @@
-"""`rbe compress`, `eval` and `plan` with text. Risks: options that are accepted and not honoured, numbers that disagree with the library's, wrong perplexity."""
+"""`rbe compress`, `eval` and `plan` with text. Risks: options that are accepted and not honoured, numbers that disagree with the
+library's, wrong perplexity."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def save_with_tokenizer(model: torch.nn.Module, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=58, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=160)
+    config = transformers.BertConfig(
+        vocab_size=58, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=160
+    )
     return save_with_tokenizer(transformers.BertModel(config), tmp_path_factory.mktemp("bert"))
 
 
@@ -60,7 +63,9 @@ def json_of(capsys, *arguments: object) -> dict:
 
 def test_compress_calibrates_tunes_and_writes_a_page(capsys, bert, lines, tmp_path):
     page = tmp_path / "report.html"
-    facts = json_of(capsys, "compress", bert, tmp_path / "out", "--layout", "rbe16s_g8", "--calibrate", lines, "--tune", "0.03", "--report", page)
+    facts = json_of(
+        capsys, "compress", bert, tmp_path / "out", "--layout", "rbe16s_g8", "--calibrate", lines, "--tune", "0.03", "--report", page
+    )
     assert all(row["output_error"] is not None for row in facts["layers"] if row["converted"] and row["name"] != "pooler.dense")
     assert facts["tuning"]["steps"] > 0 and "Compression report" in page.read_text()
     scored = json_of(capsys, "eval", tmp_path / "out", "--dense", bert, "--layers")
@@ -118,3 +123,21 @@ def test_text_that_cannot_be_used_is_refused(capsys, bert, tmp_path):
     for name in ("empty.txt", "missing.txt"):
         assert main(["compress", str(bert), str(tmp_path / "out"), "--calibrate", str(tmp_path / name), "--quiet"]) == 1
         assert "text:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "dense_gigabytes"),
+    [
+        ("gpt2", 124_439_808, 0.498),
+        ("llama-2-7b", 6_738_415_616, 13.48),
+        ("llama-2-70b", 68_976_648_192, 137.95),
+        ("gpt-3-175b", 174_604_259_328, 349.2),
+    ],
+)
+def test_plan_of_published_models_has_their_published_sizes(capsys, name, parameters, dense_gigabytes):
+    """Parameter counts of the models' papers and cards; GPT-3's 175 B with its 2048 positions."""
+    facts = json_of(capsys, "plan", name, "--layout", "rbe8x2_g8", "--layout", "rbe22_g64")
+    size = 4 if name == "gpt2" else 2
+    assert facts["dense_model"] == size * parameters and facts["dense_model"] / 1e9 == pytest.approx(dense_gigabytes, rel=2e-3)
+    assert facts["rows"][0]["bits_per_weight"] == pytest.approx(2.0, abs=0.02)
+    assert not Path(name).exists()
