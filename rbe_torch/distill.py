@@ -1,7 +1,7 @@
 """Distillation: a compressed model learns to give what the dense one gave.
 
-    logits       T^2 * KL(softmax(teacher / T) || softmax(student / T)), a mean over everything but the last dimension    Hinton et al., arXiv 1503.02531
-    embeddings   mean of 1 - cosine(student, teacher) plus mean of (student - teacher)^2 / mean of teacher^2
+    logits       T^2 * KL(softmax(teacher / T) || softmax(student / T)), a mean over everything but the last dimension    Hinton et al.,
+    arXiv 1503.02531 embeddings   mean of 1 - cosine(student, teacher) plus mean of (student - teacher)^2 / mean of teacher^2
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ class Distillation(nn.Module):
         rbe_torch.compress(model, layout="rbe22_g64"); rbe_torch.prepare_training(model)
         loss = teacher(model(**batch), **batch)
 
-    kind: "logits" or "embeddings". output: picks the tensor of a model's output; by default the output itself if it is a tensor, else its `logits` or
-    `last_hidden_state`, whichever kind asks for. mask: where the call has an `attention_mask` [batch, tokens] and the tensor is [batch, tokens, features],
-    padded tokens do not count. The teacher is put in eval mode, gets no gradient and is not among this module's parameters.
+    kind: "logits" or "embeddings". output: picks the tensor of a model's output; by default the output itself if it is a tensor, else its
+    `logits` or `last_hidden_state`, whichever kind asks for. mask: where the call has an `attention_mask` [batch, tokens] and the tensor is
+    [batch, tokens, features], padded tokens do not count. The teacher is put in eval mode, gets no gradient and is not among this module's
+    parameters.
     """
 
-    def __init__(self, teacher: nn.Module, kind: str = "logits", temperature: float = 2.0, output: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(self, teacher: nn.Module, kind: str = "logits", temperature: float = 2.0,
+                 output: Callable[[Any], Tensor] | None = None) -> None:
         super().__init__()
         if kind not in ("logits", "embeddings"):
             raise ValueError(f"kind: is {kind!r}, must be 'logits' or 'embeddings'")
@@ -58,8 +60,8 @@ class Distillation(nn.Module):
         if self.kind == "logits":
             t = self.temperature
             classes = got.shape[-1]
-            return t * t * F.kl_div(F.log_softmax(got.reshape(-1, classes) / t, -1), F.log_softmax(wanted.reshape(-1, classes) / t, -1), log_target=True,
-                                    reduction="batchmean")
+            ours, theirs = (F.log_softmax(logits.reshape(-1, classes) / t, -1) for logits in (got, wanted))
+            return t * t * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
         angle = 1 - F.cosine_similarity(got, wanted, dim=-1).mean()
         return angle + (got - wanted).square().mean() / wanted.square().mean().clamp(min=1e-20)
 
@@ -69,5 +71,6 @@ class Distillation(nn.Module):
         name = "logits" if self.kind == "logits" else "last_hidden_state"
         found = out.get(name) if isinstance(out, dict) else getattr(out, name, None)
         if not isinstance(found, Tensor):
-            raise ValueError(f"output: the model gives a {type(out).__name__} without a tensor {name!r}; pass output=, a function that picks the tensor")
+            raise ValueError(f"output: the model gives a {type(out).__name__} without a tensor {name!r}; pass output=, a function that picks "
+                             "the tensor")
         return found

@@ -1,14 +1,17 @@
 """Initial gains that keep the variance of activations or of gradients through depth.
 
-nn.Linear, and with it a fresh RBELinear, draws weights of variance 1/(3 n): each linear layer makes activations three times smaller in variance, which LayerNorm
-repairs and a plain deep network does not. Here the gain of every row is set so that the row's squared norm is exactly
+nn.Linear, and with it a fresh RBELinear, draws weights of variance 1/(3 n): each linear layer makes activations three times smaller in
+variance, which LayerNorm repairs and a plain deep network does not. Here the gain of every row is set so that the row's squared norm is
+exactly
 
     mode "fan_in"    f^2          the output of a row has f^2 times the variance of the input       (activations)
     mode "fan_out"   f^2 n / m    the same for what goes back                                        (gradients)
 
-with f = nn.init.calculate_gain(nonlinearity): 1 for linear, sqrt 2 for relu, 5/3 for tanh. Exactly, because a row of few codes would differ much from its mean.
+with f = nn.init.calculate_gain(nonlinearity): 1 for linear, sqrt 2 for relu, 5/3 for tanh. Exactly, because a row of few codes would differ
+much from its mean.
 
-Layouts whose codes have no sign (rbe8) do not keep it through relu: their rows share the mean of the basis, and inputs that are all positive add it up.
+Layouts whose codes have no sign (rbe8) do not keep it through relu: their rows share the mean of the basis, and inputs that are all
+positive add it up.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ def calculated_gain(nonlinearity: str, param: float | None = None) -> float:
 
 @torch.no_grad()
 def keep_variance(layer: RBELinear, nonlinearity: str = "linear", mode: str = "fan_in", param: float | None = None) -> None:
-    """Sets the gain of a layer as above. nonlinearity, param: of torch.nn.init.calculate_gain. ValueError: a mode or nonlinearity that is none, a residual."""
+    """Sets the gain of a layer as above. nonlinearity, param: of torch.nn.init.calculate_gain. ValueError: a mode or nonlinearity that is
+    none, a residual."""
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"mode: is {mode!r}, must be 'fan_in' or 'fan_out'")
     if layer.layout.residual is not None:

@@ -3,9 +3,10 @@
     forward     y = x (L + E)^T + bias      L the latent weight [m, n], E = decoded(codes of L) - L when it was last encoded
     gradient    dL/dL = dL/dW: the encoder is passed straight through
 
-At the step of an encoding L + E is the decoded weight itself; until the next one it moves with L while the error of the codes stays what it was. This is the
-format's inventors' Algorithm 1 with interval = 1. It needs the memory of dense training and more, and in every setting measured it was worse than direct training
-(docs/training.md); what it can do and direct training cannot is choose idx and curve anew at every encoding.
+At the step of an encoding L + E is the decoded weight itself; until the next one it moves with L while the error of the codes stays what it
+was. This is the format's inventors' Algorithm 1 with interval = 1. It needs the memory of dense training and more, and in every setting
+measured it was worse than direct training (docs/training.md); what it can do and direct training cannot is choose idx and curve anew at
+every encoding.
 
 Terms of the loss: `latent_loss`. Fewer amplitude bits in stages: `set_amplitude_bits`. Choice of idx by Gumbel-softmax: `temperature`.
 """
@@ -26,8 +27,8 @@ _CHUNK = 1 << 24  # similarities [groups, 256] at a time
 class LatentLinear(RBELinear):
     """An RBELinear in latent training form; made by prepare_training(model, method="latent"), undone by finish_training.
 
-    latent: float32 parameter [m, n]. error: float32 buffer [m, n]. age: int64 buffer [], training passes so far. interval, amplitude_bits, temperature: ints and
-    a float, see start_latent. In eval mode the forward pass uses the codes that finish_training would store.
+    latent: float32 parameter [m, n]. error: float32 buffer [m, n]. age: int64 buffer [], training passes so far. interval, amplitude_bits,
+    temperature: ints and a float, see start_latent. In eval mode the forward pass uses the codes that finish_training would store.
     """
 
     latent: Tensor
@@ -67,7 +68,7 @@ class LatentLinear(RBELinear):
             codes = drawn_codes(self.latent, self.basis, parts.gain, self.layout, self.temperature)
         if self.amplitude_bits < 8:
             codes = coarser(codes, self.amplitude_bits, self)
-        self.packed.copy_(torch.ops.rbe.pack(codes, **self._options))
+        self.packed = torch.ops.rbe.pack(codes, **self._options)
         self._parameters["gain"].copy_(parts.gain)
         for name, tensor in parts.residual.items():
             self._buffers[name].copy_(tensor)
@@ -78,12 +79,13 @@ class LatentLinear(RBELinear):
 def start_latent(layers: list[RBELinear], basis: str | None, interval: int = 1, temperature: float = 0.0) -> None:
     """Puts layers in latent training form, the latent weight being what their codes give now.
 
-    interval: training passes from one encoding to the next. temperature: of the Gumbel noise added to the similarities when idx is chosen, in units of a
-    group's squared norm; 0 takes the nearest. ValueError: basis "trained" (the encoder has no gradient in it), a layer in direct training form, on the meta
-    device, or a temperature for a layout whose code is not one scaled vector.
+    interval: training passes from one encoding to the next. temperature: of the Gumbel noise added to the similarities when idx is chosen,
+    in units of a group's squared norm; 0 takes the nearest. ValueError: basis "trained" (the encoder has no gradient in it), a layer in
+    direct training form, on the meta device, or a temperature for a layout whose code is not one scaled vector.
     """
     if basis == "trained":
-        raise ValueError("basis: is 'trained', but latent training passes its gradient to the latent weight alone; use method='direct' to train the basis")
+        raise ValueError("basis: is 'trained', but latent training passes its gradient to the latent weight alone; use method='direct' to "
+                         "train the basis")
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f"interval: is {interval!r}, must be an int of at least 1")
     if not 0 <= temperature < float("inf"):
@@ -110,18 +112,22 @@ def start_latent(layers: list[RBELinear], basis: str | None, interval: int = 1, 
 
 
 def finish_latent(layers: list[RBELinear]) -> None:
-    """Encodes every latent weight a last time and makes plain RBELinears of the layers. ValueError, before anything is changed: a value that is not finite."""
+    """Encodes every latent weight a last time and makes plain RBELinears of the layers. ValueError, before anything is changed: a value
+    that is not finite."""
     for layer in layers:
         if not bool(torch.isfinite(layer.latent).all()):
             raise ValueError(f"latent: has {int((~torch.isfinite(layer.latent)).sum())} values that are not finite, must have none")
     for layer in layers:
         layer.decoded(noisy=False)
-        del layer._parameters["latent"], layer._buffers["error"], layer._buffers["age"], layer.interval, layer.amplitude_bits, layer.temperature
+        layer._hold_codes_for_kernels()
+        del layer._parameters["latent"], layer._buffers["error"], layer._buffers["age"]
+        del layer.interval, layer.amplitude_bits, layer.temperature
         layer.__class__ = RBELinear
 
 
 def set_amplitude_bits(model: nn.Module, bits: int) -> None:
-    """Codes of layers in latent training form keep the highest `bits` of their 8 amplitude bits from the next encoding on: 8, then 6, then 4 in stages."""
+    """Codes of layers in latent training form keep the highest `bits` of their 8 amplitude bits from the next encoding on: 8, then 6, then
+    4 in stages."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"bits: is {bits!r}, must be 1 to 8")
     layers = [layer for layer in model.modules() if isinstance(layer, LatentLinear)]
@@ -134,7 +140,8 @@ def set_amplitude_bits(model: nn.Module, bits: int) -> None:
 def latent_loss(model: nn.Module, reconstruction: float = 1e-3, sparsity: float = 0.0) -> Tensor:
     """What latent training adds to the task's loss, a scalar: a mean over the weights of all layers in latent training form.
 
-    reconstruction * (L - decoded)^2 / (mean square of L)  +  sparsity * |L - decoded| / (mean |L|), with the decoded weight of the last encoding held fixed.
+    reconstruction * (L - decoded)^2 / (mean square of L)  +  sparsity * |L - decoded| / (mean |L|), with the decoded weight of the last
+    encoding held fixed.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LatentLinear)]
     if not layers:
@@ -160,8 +167,8 @@ def coarser(codes: Tensor, bits: int, layer: RBELinear) -> Tensor:
 
 
 def drawn_codes(weight: Tensor, basis: Tensor, gain: Tensor, layout, temperature: float) -> Tensor:
-    """int32 words [m, K, 1]: idx drawn with probability softmax(similarity / temperature), similarity = (<w, b>^2 / |b|^2) / |w|^2, by the Gumbel maximum; the
-    scale is the projection on the vector drawn, on the curve exp(r) - 1.
+    """int32 words [m, K, 1]: idx drawn with probability softmax(similarity / temperature), similarity = (<w, b>^2 / |b|^2) / |w|^2, by the
+    Gumbel maximum; the scale is the projection on the vector drawn, on the curve exp(r) - 1.
     """
     m, n = weight.shape
     g, table = layout.group, basis[0]

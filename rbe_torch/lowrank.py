@@ -1,6 +1,8 @@
-"""A trainable low-rank term beside the codes, so that a compressed model is fine-tuned as with LoRA; finished, it is the layout's `+lr<rank>` residual.
+"""A trainable low-rank term beside the codes, so that a compressed model is fine-tuned as with LoRA; finished, it is the layout's
+`+lr<rank>` residual.
 
-    W = W of the codes + left right        left [m, r], right [r, n], float32 while they train, int8 with a scale a column and a row afterwards
+    W = W of the codes + left right        left [m, r], right [r, n], float32 while they train, int8 with a scale a column and a row
+    afterwards
 
 Codes, basis and gain stay what they are unless the layer is in direct training form too (prepare_training after add_lowrank trains both).
 """
@@ -21,7 +23,8 @@ _NAMES = ("residual", "residual_scale", "residual_right", "residual_right_scale"
 
 
 class LowRankLinear(RBELinear):
-    """An RBELinear with a trainable low-rank term; made by add_lowrank, undone by finish_training. lowrank_left, lowrank_right: float32 parameters."""
+    """An RBELinear with a trainable low-rank term; made by add_lowrank, undone by finish_training. lowrank_left, lowrank_right: float32
+    parameters."""
 
     lowrank_left: Tensor
     lowrank_right: Tensor
@@ -44,9 +47,9 @@ class LowRankLinear(RBELinear):
 def add_lowrank(model: nn.Module, rank: int = 8) -> nn.Module:
     """Gives every RBELinear of `model` a trainable low-rank term, in place, and returns the model; its output stays what it was.
 
-    A layer in a `+lr` layout trains the residual it has (of that rank); the others start at 0 as LoRA does: right drawn, left zero. The parameters of the codes
-    are left as they are (frozen after compress); freeze the rest of the model with requires_grad_(False) before for plain LoRA.
-    ValueError: no RBELinear, a rank outside 1 .. 65535, a layer with another residual or in training form already.
+    A layer in a `+lr` layout trains the residual it has (of that rank); the others start at 0 as LoRA does: right drawn, left zero. The
+    parameters of the codes are left as they are (frozen after compress); freeze the rest of the model with requires_grad_(False) before for
+    plain LoRA. ValueError: no RBELinear, a rank outside 1 .. 65535, a layer with another residual or in training form already.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise ValueError(f"rank: is {rank!r}, must be an int from 1 to {MAX_RANK}")
@@ -113,7 +116,8 @@ def lowrank_of(layer: RBELinear) -> tuple[Tensor, Tensor]:
 
 
 def quantised_factors(left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """The residual's tensors of the product left right, first rotated so that its factors are orthogonal: int8 then loses least. No m x n tensor is made."""
+    """The residual's tensors of the product left right, first rotated so that its factors are orthogonal: int8 then loses least. No m x n
+    tensor is made."""
     (ql, rl), (qr, rr) = torch.linalg.qr(left), torch.linalg.qr(right.t())
     u, s, vh = torch.linalg.svd(rl @ rr.t(), full_matrices=False)
     rank = left.shape[1]
@@ -131,7 +135,9 @@ def _set_residual(layer: RBELinear, tensors: dict[str, Tensor] | None) -> None:
     """Gives the layer this low-rank residual and the layout that has it, or takes it away."""
     rank = None if tensors is None else tensors["residual"].shape[1]
     layout: Layout = replace(layer.layout, residual=None if rank is None else f"lr{rank}")
+    layer._buffers["packed"] = layer.packed  # which form codes are held in goes by the layout
     layer.layout = layout
     layer._options = {**layer._options, "layout": str(layout)}
     for name in _NAMES:
         layer._buffers[name] = None if tensors is None else tensors[name]
+    layer._hold_codes_for_kernels()

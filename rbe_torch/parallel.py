@@ -1,13 +1,15 @@
 """RBELinear across processes: FSDP2 that leaves the basis whole, and tensor parallelism by DTensor rules of rbe::linear.
 
-    rbe_torch.parallel.fully_shard(model)                          data parallel: amplitudes, gains and biases sharded, codes and basis in every process
-    parallelize_module(model, mesh, {"up": ColumnParallel(), "down": RowParallel()})      torch.distributed.tensor.parallel's own call
+    rbe_torch.parallel.fully_shard(model)                          data parallel: amplitudes, gains and biases sharded, codes and basis in
+    every process parallelize_module(model, mesh, {"up": ColumnParallel(), "down": RowParallel()})      torch.distributed.tensor.parallel's
+    own call
 
     column    rows of W are split      codes, gain, bias, amplitude Shard(0); x Replicate; y Shard(-1); gradients of x and basis Partial
-    row       groups of W are split    codes, amplitude Shard(1); x Shard(-1); y Partial; gradients of basis and gain Partial; bias added once
+    row       groups of W are split    codes, amplitude Shard(1); x Shard(-1); y Partial; gradients of basis and gain Partial; bias added
+    once
 
-The basis is 256 vectors that every row uses, so it is replicated and its gradient summed. DDP needs nothing from here. Importing this module registers the rules; it
-needs torch.distributed.
+The basis is 256 vectors that every row uses, so it is replicated and its gradient summed. DDP needs nothing from here. Importing this
+module registers the rules; it needs torch.distributed.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ _PLACES = {  # by how the codes lie: what the other tensors must be, by name
 
 # ---- FSDP2 -------------------------------------------------------------------------------------------------------------------------
 def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
-    """torch.distributed.fsdp.fully_shard on every RBELinear of `model` and then on the rest; the bases are replicated and their gradients averaged.
+    """torch.distributed.fsdp.fully_shard on every RBELinear of `model` and then on the rest; the bases are replicated and their gradients
+    averaged.
 
-    mesh: one-dimensional; by default all processes. options: of torch's fully_shard. Returns the model. Call it after convert or prepare_training and before the
-    optimiser is made. ValueError: no RBELinear, or a mesh of more dimensions.
+    mesh: one-dimensional; by default all processes. options: of torch's fully_shard. Returns the model. Call it after convert or
+    prepare_training and before the optimiser is made. ValueError: no RBELinear, or a mesh of more dimensions.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard as shard
@@ -72,11 +75,13 @@ def _mean(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 # ---- tensor parallel ---------------------------------------------------------------------------------------------------------------
 class ColumnParallel(ParallelStyle):
-    """Splits the out_features of an RBELinear. input_layouts: of a plain tensor that comes in; output_layouts, use_local_output: of what goes out."""
+    """Splits the out_features of an RBELinear. input_layouts: of a plain tensor that comes in; output_layouts, use_local_output: of what
+    goes out."""
 
     kind = "column"
 
-    def __init__(self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None, use_local_output: bool = True) -> None:
+    def __init__(self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None,
+                 use_local_output: bool = True) -> None:
         super().__init__()
         before, after = (Replicate(), Shard(-1)) if self.kind == "column" else (Shard(-1), Replicate())
         self.input_layouts, self.output_layouts = (input_layouts or before,), (output_layouts or after,)
@@ -92,7 +97,7 @@ class ColumnParallel(ParallelStyle):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and not isinstance(parameter, DTensor):
                 module._parameters[name] = _distributed_parameter(parameter, device_mesh, places.get(name, Replicate()))
-        module._buffers["packed"] = distribute_tensor(module._buffers["packed"], device_mesh, [places["packed"]])
+        module._buffers["packed"] = distribute_tensor(module.packed, device_mesh, [places["packed"]])
         module.register_forward_pre_hook(lambda _, inputs: (self._come_in(inputs[0], device_mesh), *inputs[1:]))
         module.register_forward_hook(lambda _, __, output: self._go_out(output))
         return module
@@ -131,7 +136,8 @@ def _check_split(layer: RBELinear, kind: str, world: int) -> None:
         raise ValueError(f"module: has {layer.out_features} out_features, must be a multiple of the {world} processes")
     groups = layout.groups(layer.in_features)
     if kind == "row" and (layer.in_features % (layout.group * world) or groups // world * layout.stages * layout.bits % 8):
-        raise ValueError(f"module: has {layer.in_features} in_features in groups of {layout.group}: {world} processes cannot have whole groups of whole bytes each")
+        raise ValueError(f"module: has {layer.in_features} in_features in groups of {layout.group}: {world} processes cannot have whole groups "
+                         "of whole bytes each")
 
 
 # ---- DTensor rules -----------------------------------------------------------------------------------------------------------------
@@ -219,9 +225,8 @@ def _linear_backward(op: Any, args: tuple, keywords: dict[str, Any]) -> tuple[Te
         "row": (Shard(dy.dim() - 1), Partial(), Partial(), Replicate(), Shard(1)),
         "whole": (place, summed, summed, summed, summed),
     }[split]
-    unwanted = Replicate()  # empty, whatever its gradient would be
-    wanted = keywords.get("wanted", 31)
-    return tuple(_wrap(tensor, mesh, where if wanted >> i & 1 and tensor.numel() else unwanted) for i, (tensor, where) in enumerate(zip(got, places, strict=True)))
+    # a gradient that was not wanted is empty, whatever its place would be
+    return tuple(_wrap(tensor, mesh, where if tensor.numel() else Replicate()) for tensor, where in zip(got, places, strict=True))
 
 
 def _same_place(op: Any, args: tuple, keywords: dict[str, Any]) -> DTensor:
@@ -233,7 +238,8 @@ def _same_place(op: Any, args: tuple, keywords: dict[str, Any]) -> DTensor:
 
 def _register() -> None:
     handlers = DTensor._op_dispatcher._custom_op_handlers  # where torch keeps its own for convolution
-    for name, rule in (("linear", _linear), ("linear_inference", _linear), ("linear_backward", _linear_backward), ("pack", _same_place), ("unpack", _same_place)):
+    rules = {"linear": _linear, "linear_inference": _linear, "linear_backward": _linear_backward, "pack": _same_place, "unpack": _same_place}
+    for name, rule in rules.items():
         handlers[getattr(_OPS, name).default] = rule
 
 

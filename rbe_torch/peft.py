@@ -26,7 +26,8 @@ except ImportError as error:
 
 
 class LoraRBELinear(LoraLinear):
-    """peft's LoRA layer around an RBELinear. merge adds B A * scaling to the layer's low-rank residual (int8); unmerge puts the residual of before back."""
+    """peft's LoRA layer around an RBELinear. merge adds B A * scaling to the layer's low-rank residual (int8); unmerge puts the residual of
+    before back."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: RBELinear = self.get_base_layer()
@@ -34,7 +35,8 @@ class LoraRBELinear(LoraLinear):
             if name not in self.lora_A.keys():
                 continue
             if name in self.lora_variant:
-                raise ValueError(f"adapter {name!r}: is a variant of LoRA (DoRA or the like), which is no low-rank term; only plain LoRA merges into an RBELinear")
+                raise ValueError(f"adapter {name!r}: is a variant of LoRA (DoRA or the like), which is no low-rank term; only plain LoRA merges "
+                                 "into an RBELinear")
             if self.lora_bias[name]:
                 raise ValueError(f"adapter {name!r}: has a bias of its own (lora_bias=True), which cannot be merged into an RBELinear")
             self.__dict__.setdefault("_residuals", []).append(self._residual(layer))

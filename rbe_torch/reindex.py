@@ -2,12 +2,12 @@
 
     W[i, group k] = gain[i] * scale(a[i,k,s]) * basis[s, idx[i,k,s]]          which vector is `idx`; how much of it is trained, `a`
 
-A code is judged by |a|. For those that are moved the loss gradient along every basis vector, gain[i] * sum over tokens of dy[i] * (x[group k] . basis[s, j]), is
-computed from batches that hooks caught: [moved, 256] numbers, in chunks, and never an m x n tensor.
+A code is judged by |a|. For those that are moved the loss gradient along every basis vector, gain[i] * sum over tokens of dy[i] * (x[group
+k] . basis[s, j]), is computed from batches that hooks caught: [moved, 256] numbers, in chunks, and never an m x n tensor.
 
-method "exchange" (default): a moved code gets, at once, the vector, sign and size that the gradient says lowers the loss most, and each layer's exchange is
-kept only if the loss of `closure` really falls; method "gradient" (RigL's rule, arXiv 1911.11134): it gets the vector of largest gradient at amplitude 0.
-docs/training.md has what each brought.
+method "exchange" (default): a moved code gets, at once, the vector, sign and size that the gradient says lowers the loss most, and each
+layer's exchange is kept only if the loss of `closure` really falls; method "gradient" (RigL's rule, arXiv 1911.11134): it gets the vector
+of largest gradient at amplitude 0. docs/training.md has what each brought.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ _TRIES = 3  # an exchange that raises the loss is tried again with a quarter of 
 class Reindexer:
     """Moves idx during training; call `.step()` after each optimiser.step().
 
-    model: in training form; layers whose layout has an amplitude and stores idx take part (those ending in r draw idx from a seed and cannot).
-    optimiser: the one that trains the amplitudes; its state (Adam's moments) of moved codes is set to 0. None: there is no such state.
-    interval: optimiser steps from one move to the next. fraction: of a layer's codes that the first move takes; it falls on a half cosine to 0 at `until`
-    steps, after which nothing moves. batches: how many of the last forward/backward passes before a move the gradient is summed over.
-    closure: for "exchange", a function without arguments that returns the loss of a batch (a scalar tensor or float); called without gradients, before and
-    after a layer's exchange. Without one the "exchange" of a layer cannot be judged, and ValueError says so.
+    model: in training form; layers whose layout has an amplitude and stores idx take part (those ending in r draw idx from a seed and
+    cannot). optimiser: the one that trains the amplitudes; its state (Adam's moments) of moved codes is set to 0. None: there is no such
+    state. interval: optimiser steps from one move to the next. fraction: of a layer's codes that the first move takes; it falls on a half
+    cosine to 0 at `until` steps, after which nothing moves. batches: how many of the last forward/backward passes before a move the
+    gradient is summed over. closure: for "exchange", a function without arguments that returns the loss of a batch (a scalar tensor or
+    float); called without gradients, before and after a layer's exchange. Without one the "exchange" of a layer cannot be judged, and
+    ValueError says so.
 
-    `moved` counts codes, `accepted` and `refused` layer exchanges. For transformers' Trainer: Trainer(callbacks=[reindexer.transformers_callback()]); Lightning
-    finds `on_train_batch_end`. torch.compile: hooks are on the layers for `batches` steps before a move, for which compiled models are traced once more.
+    `moved` counts codes, `accepted` and `refused` layer exchanges. For transformers' Trainer:
+    Trainer(callbacks=[reindexer.transformers_callback()]); Lightning finds `on_train_batch_end`. torch.compile: hooks are on the layers for
+    `batches` steps before a move, for which compiled models are traced once more.
     """
 
-    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None, *, until: int, interval: int = 50, fraction: float = 0.1,
-                 batches: int = 1, method: str = "exchange", closure: Callable[[], Tensor | float] | None = None) -> None:
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None, *, until: int, interval: int = 50,
+                 fraction: float = 0.1, batches: int = 1, method: str = "exchange",
+                 closure: Callable[[], Tensor | float] | None = None) -> None:
         for name, value in (("until", until), ("interval", interval), ("batches", batches)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: is {value!r}, must be an int of at least 1")
@@ -53,11 +56,13 @@ class Reindexer:
         if method not in METHODS:
             raise ValueError(f"method: is {method!r}, must be one of {', '.join(map(repr, METHODS))}")
         if method == "exchange" and closure is None:
-            raise ValueError("closure: is None, but method 'exchange' keeps what lowers its loss; pass a function that returns the loss of a batch, "
-                             "or method='gradient'")
-        self.layers = [layer for layer in model.modules() if isinstance(layer, RBELinear) and layer.amplitude is not None and not layer.layout.seeded]
+            raise ValueError("closure: is None, but method 'exchange' keeps what lowers its loss; pass a function that returns the loss of a "
+                             "batch, or method='gradient'")
+        layers = [layer for layer in model.modules() if isinstance(layer, RBELinear)]
+        self.layers = [layer for layer in layers if layer.amplitude is not None and not layer.layout.seeded]
         if not self.layers:
-            raise ValueError("model: has no layer whose codes can be moved: in training form, with an amplitude and a stored idx (rbe22, rbe32)")
+            raise ValueError("model: has no layer whose codes can be moved: in training form, with an amplitude and a stored idx (rbe22, "
+                             "rbe32)")
         self.model, self.optimiser, self.closure, self.method = model, optimiser, closure, method
         self.until, self.interval, self.fraction, self.batches = until, interval, fraction, batches
         self.count = self.moved = self.accepted = self.refused = 0
@@ -144,7 +149,8 @@ class Reindexer:
         self._exchange(layer, least, gradient)
 
     def _exchange(self, layer: RBELinear, codes: Tensor, gradient: Tensor) -> None:
-        """Gives each code the vector of steepest descent, with the size of a middling code, and keeps it where the loss of the closure falls."""
+        """Gives each code the vector of steepest descent, with the size of a middling code, and keeps it where the loss of the closure
+        falls."""
         flat = layer.amplitude.detach().view(-1)
         size = flat.abs().median()
         steepest = gradient.abs().argmax(1)
@@ -166,7 +172,7 @@ class Reindexer:
         words = torch.ops.rbe.unpack(layer.packed, **layer._options)
         flat = words.view(-1)
         flat[codes] = (flat[codes] & ~(255 << IDX_SHIFT)) | (idx.to(torch.int32) << IDX_SHIFT)
-        layer.packed.copy_(torch.ops.rbe.pack(words, **layer._options))
+        layer.packed = torch.ops.rbe.pack(words, **layer._options)
         layer.amplitude.detach().view(-1)[codes] = amplitude.to(layer.amplitude.dtype)
         if reset:
             self._reset(layer, codes)
@@ -186,8 +192,8 @@ def layer_idx(layer: RBELinear) -> Tensor:
 def vector_gradients(layer: RBELinear, caught: list[tuple[Tensor, Tensor]], codes: Tensor) -> Tensor:
     """dL/dscale of `codes` (flat indices into [m, K, M], int64 [L]) had each of them the vector j: float32 [L, 256].
 
-    gain[i] * sum over tokens of dy[i] * (x[group k] . basis[s, j]); caught: pairs x [tokens, n], dy [tokens, m]. Works group by group; the largest temporary has
-    as many numbers as one group's moved codes times max(g, 256).
+    gain[i] * sum over tokens of dy[i] * (x[group k] . basis[s, j]); caught: pairs x [tokens, n], dy [tokens, m]. Works group by group; the
+    largest temporary has as many numbers as one group's moved codes times max(g, 256).
     """
     m, groups, stages = layer.amplitude.shape
     g, n = layer.layout.group, layer.in_features

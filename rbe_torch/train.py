@@ -1,7 +1,7 @@
 """Training in the compressed domain: layers in and out of training form, and optimiser groups.
 
-Training form (method "direct"): no dense weight exists. Trained are the codes' amplitudes (layouts that have them), the basis unless it is frozen,
-log(gain) and the bias; idx and the curve of each code stay. Method "latent" keeps a dense weight: rbe_torch/latent.py.
+Training form (method "direct"): no dense weight exists. Trained are the codes' amplitudes (layouts that have them), the basis unless it is
+frozen, log(gain) and the bias; idx and the curve of each code stay. Method "latent" keeps a dense weight: rbe_torch/latent.py.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from .encode import GAIN_MAX, fp16_gain, fp16_values
 from .linear import RBELinear
 from .watch import guard_rates
 
-# Learning rates relative to `lr`, a starting point. A character GPT (2 blocks, d = 128, tinyshakespeare, rbe22_g16, lr 1e-3, cosine, 800 steps, one
-# seed) ended at a validation loss of 2.153, 2.124, 2.196 and 2.291 with amplitude rates of 40, 100, 200 and 400, and at 2.160 with 100 and basis 150.
+# Learning rates relative to `lr`, a starting point. A character GPT (2 blocks, d = 128, tinyshakespeare, rbe22_g16, lr 1e-3, cosine, 800
+# steps, one seed) ended at a validation loss of 2.153, 2.124, 2.196 and 2.291 with amplitude rates of 40, 100, 200 and 400, and at 2.160
+# with 100 and basis 150.
 AMPLITUDE_RATE = 100.0
 BASIS_RATE = 50.0
 
 
 def start_training(layer: RBELinear, basis: str | None = None) -> None:
-    """Puts one layer in training form; its output stays what it was. basis: "trained", "frozen", or None for trained unless a seed gives it."""
+    """Puts one layer in training form; its output stays what it was. basis: "trained", "frozen", or None for trained unless a seed gives
+    it."""
     if basis is None:
         basis = "trained" if layer._buffers.get("basis_seed") is None else "frozen"
     if layer.log_gain is not None:
@@ -44,8 +46,8 @@ def prepare_training(model: nn.Module, method: str = "direct", basis: str | None
 
     method: "direct" trains amplitudes, basis, gain and bias of the codes there are; "latent" a dense weight that is encoded again and again
     (rbe_torch/latent.py, which also has its loss terms); options: interval and temperature of its start_latent.
-    basis: "trained", "frozen", or None: trained unless a seed gives it (convert with basis="seeded"). A frozen basis costs no gradient and no optimiser state;
-    a seeded one that is trained is stored in full from then on.
+    basis: "trained", "frozen", or None: trained unless a seed gives it (convert with basis="seeded"). A frozen basis costs no gradient and
+    no optimiser state; a seeded one that is trained is stored in full from then on.
     ValueError: another method or basis, or a model without an RBELinear.
     """
     if method not in ("direct", "latent"):
@@ -68,9 +70,9 @@ def prepare_training(model: nn.Module, method: str = "direct", basis: str | None
 def finish_training(model: nn.Module) -> nn.Module:
     """Ends training form in place: amplitudes go into the codes, basis and gain are rounded to what fp16 holds and stop being trained.
 
-    From here on saving and loading is bit-exact. Layers that are not in training form have their basis and gain rounded all the same; a gain below
-    what fp16 holds becomes its smallest positive value. ValueError, before anything is changed: an amplitude, basis or gain that is not finite, a basis
-    or gain beyond what fp16 holds, or a layer on the meta device.
+    From here on saving and loading is bit-exact. Layers that are not in training form have their basis and gain rounded all the same; a
+    gain below what fp16 holds becomes its smallest positive value. ValueError, before anything is changed: an amplitude, basis or gain that
+    is not finite, a basis or gain beyond what fp16 holds, or a layer on the meta device.
     """
     layers = _layers(model)
     latent = [layer for layer in layers if "latent" in layer._parameters]
@@ -108,11 +110,12 @@ def param_groups(model: nn.Module, lr: float = 1e-3) -> list[dict[str, Any]]:
 
     torch.optim.AdamW(rbe_torch.param_groups(model), betas=(0.9, 0.98)).
 
-    Why the rates differ: Adam moves every parameter by about its rate a step, whatever its gradient, so a rate has to be read against the size of what it
-    moves. A dense weight is of size 1/sqrt(in_features), 0.03 in a layer of 1024; an amplitude spans -1 .. 1 and is rounded to steps of 1/256 or more, and
-    basis entries are of size 1, because the row's gain carries the magnitude. The same relative step is therefore 30 to 100 times larger: at 10 to 30 times
-    smaller rates the same model ended 0.1 to 0.16 nats worse. No weight decay on the three: it would pull amplitudes to 0, where a code is lost, and on gain
-    and basis it acts on the same product twice. log(gain) is relative already and takes `lr`.
+    Why the rates differ: Adam moves every parameter by about its rate a step, whatever its gradient, so a rate has to be read against the
+    size of what it moves. A dense weight is of size 1/sqrt(in_features), 0.03 in a layer of 1024; an amplitude spans -1 .. 1 and is rounded
+    to steps of 1/256 or more, and basis entries are of size 1, because the row's gain carries the magnitude. The same relative step is
+    therefore 30 to 100 times larger: at 10 to 30 times smaller rates the same model ended 0.1 to 0.16 nats worse. No weight decay on the
+    three: it would pull amplitudes to 0, where a code is lost, and on gain and basis it acts on the same product twice. log(gain) is
+    relative already and takes `lr`.
 
     ValueError: lr is not positive and finite. A model trained with an optimiser whose groups ignore this warns once (rbe_torch/watch.py).
     """

@@ -1,7 +1,9 @@
-"""Watching a run: values that are not finite and losses that leave for good are named by layer and step; learning-rate groups that ignore the format warn.
+"""Watching a run: values that are not finite and losses that leave for good are named by layer and step; learning-rate groups that ignore
+the format warn.
 
-`TrainingWatch.step(loss)` goes after loss.backward() and before optimiser.step(), so that what it names has not been written into the parameters yet.
-`guard_rates` is called by whatever puts a layer in training form: a hook in torch's optimisers then looks once at each optimiser that trains amplitudes.
+`TrainingWatch.step(loss)` goes after loss.backward() and before optimiser.step(), so that what it names has not been written into the
+parameters yet. `guard_rates` is called by whatever puts a layer in training form: a hook in torch's optimisers then looks once at each
+optimiser that trains amplitudes.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALL_RATIO = 3.0  # amplitudes at less than this many times the other rates learn too slowly: param_groups says why; the best seen were 5 to 100
+# Amplitudes at less than this many times the other rates learn too slowly: param_groups says why; the best seen were 5 to 100.
+SMALL_RATIO = 3.0
 _USUAL = 50  # losses that say what is usual
 _FIRST = 20  # before that many, none is
 
 
 class TrainingDiverged(FloatingPointError):
-    """A loss, gradient or parameter that is not finite, or a loss far above what it was. `step` counts from 1; `layer` is a module's name or ''."""
+    """A loss, gradient or parameter that is not finite, or a loss far above what it was. `step` counts from 1; `layer` is a module's name
+    or ''."""
 
     def __init__(self, message: str, step: int, layer: str = "") -> None:
         super().__init__(message)
@@ -31,10 +35,10 @@ class TrainingDiverged(FloatingPointError):
 class TrainingWatch:
     """Names the layer and step at which a run breaks.
 
-    Call `step(loss)` after loss.backward() and before optimiser.step(). Raises TrainingDiverged where the loss, a gradient or a parameter of the model is not
-    finite (a parameter before a gradient, then the first in the model's order), or where the mean of the last 10 losses is more than `rise` times
-    `patience` steps in a row above the median of the 50 before. interval: gradients and parameters are looked at every so many steps; a loss that is not
-    finite makes it look at once. Looking costs one reduction a tensor, and on a GPU one synchronisation.
+    Call `step(loss)` after loss.backward() and before optimiser.step(). Raises TrainingDiverged where the loss, a gradient or a parameter
+    of the model is not finite (a parameter before a gradient, then the first in the model's order), or where the loss is above `rise` times
+    the median of the 50 usual losses before, `patience` steps in a row. interval: gradients and parameters are looked at every so many
+    steps; a loss that is not finite makes it look at once. Looking costs one reduction a tensor, and on a GPU one synchronisation.
     """
 
     def __init__(self, model: nn.Module, interval: int = 10, rise: float = 2.0, patience: int = 20) -> None:
@@ -56,11 +60,11 @@ class TrainingWatch:
             found = first_not_finite(self.model)
             if found:
                 layer, what = found
-                raise TrainingDiverged(f"step {self.count}: {what} of layer {layer!r} is not finite" + (f"; the loss is {value}" if broken else ""),
-                                       self.count, layer)
+                cause = f"; the loss is {value}" if broken else ""
+                raise TrainingDiverged(f"step {self.count}: {what} of layer {layer!r} is not finite{cause}", self.count, layer)
         if broken:
-            raise TrainingDiverged(f"step {self.count}: the loss is {value}, and every gradient and parameter is finite: it broke in the loss itself",
-                                   self.count)
+            raise TrainingDiverged(f"step {self.count}: the loss is {value}, and every gradient and parameter is finite: it broke in the loss "
+                                   "itself", self.count)
         if value is not None:
             self._compare(value)
 
@@ -71,15 +75,19 @@ class TrainingWatch:
                 self._above += 1
                 if self._above >= self.patience:
                     layer = largest_gradient(self.model)
-                    raise TrainingDiverged(f"step {self.count}: the loss is {value:.4g} and has been more than {self.rise:g} times its usual {usual:.4g} for "
-                                           f"{self._above} steps; the largest gradient for its parameters' size is in layer {layer!r}. Lower its learning rate", self.count, layer)
+                    raise TrainingDiverged(
+                        f"step {self.count}: the loss is {value:.4g} and has been more than {self.rise:g} times its usual {usual:.4g} for "
+                        f"{self._above} steps; the largest gradient for its parameters' size is in layer {layer!r}. Lower its learning rate",
+                        self.count, layer,
+                    )  # fmt: skip
                 return  # an unusual loss does not make itself usual
         self._above = 0
         self._losses.append(value)
 
 
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
-    """(module, tensor) of the first parameter in the model's order with a value that is not finite, else of the first gradient; None without one."""
+    """(module, tensor) of the first parameter in the model's order with a value that is not finite, else of the first gradient; None
+    without one."""
     for kind in ("the parameter", "the gradient of"):
         for name, module in model.named_modules():
             for key, parameter in module._parameters.items():
@@ -128,7 +136,8 @@ def _look(optimiser: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def rates_problem(optimiser: torch.optim.Optimizer) -> str:
-    """What is wrong with the groups of an Adam-like optimiser, in a sentence; empty if nothing is. Others (SGD) have no rate that is right everywhere."""
+    """What is wrong with the groups of an Adam-like optimiser, in a sentence; empty if nothing is. Others (SGD) have no rate that is right
+    everywhere."""
     if "betas" not in optimiser.param_groups[0]:
         return ""
     ours, tables = set(), set()
@@ -146,8 +155,8 @@ def rates_problem(optimiser: torch.optim.Optimizer) -> str:
             others.append(base)
     advice = "use torch.optim.AdamW(rbe_torch.param_groups(model, lr=...)), whose docstring says why"
     if amplitude and others and min(amplitude) < SMALL_RATIO * min(others):
-        return (f"learning rates: the amplitudes of RBELinear layers have {min(amplitude):.3g}, the other parameters {min(others):.3g}; amplitudes span -1 .. 1 "
-                f"and learn too slowly below {SMALL_RATIO:g} times the rate of dense weights; {advice}")
+        return (f"learning rates: the amplitudes of RBELinear layers have {min(amplitude):.3g}, the other parameters {min(others):.3g}; "
+                f"amplitudes span -1 .. 1 and learn too slowly below {SMALL_RATIO:g} times the rate of dense weights; {advice}")
     if decayed:
         return f"weight_decay: acts on the amplitudes of RBELinear layers, pulls them to 0 and loses their codes; {advice}"
     return ""

@@ -1,4 +1,5 @@
-"""Moving codes: the gradient it goes by is right, only the codes it says move, an exchange never raises the loss, and a run with it resumes."""
+"""Moving codes: the gradient it goes by is right, only the codes it says move, an exchange never raises the loss, and a run with it
+resumes."""
 
 from __future__ import annotations
 

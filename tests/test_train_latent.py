@@ -1,4 +1,5 @@
-"""Latent training and distillation: the forward pass is what the codes give, the gradient goes straight through, and what is finished is what was evaluated."""
+"""Latent training and distillation: the forward pass is what the codes give, the gradient goes straight through, and what is finished is
+what was evaluated."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def contestant(name: str, kind: str, rates: tuple[float, ...], amplitude: tuple[
 
 
 CONTESTANTS = [
-    contestant("RBE rbe4r_g9, seeded basis", "rbe", (5e-3, 3e-3, 5e-3), (0.025, 0.025, 0.05), layout="rbe4r_g9", basis="seeded"),
-    contestant("block sparse int4", "sparse", (6e-3, 3e-3, 1.2e-2), bits=4, kept=0.115),
+    contestant("RBE rbe4r_g9, seeded basis", "rbe", (5e-3, 1e-2, 5e-3), (0.025, 0.025, 0.05), layout="rbe4r_g9", basis="seeded"),
+    contestant("block sparse int4", "sparse", (6e-3, 1.2e-2, 3e-3), bits=4, kept=0.115),
     contestant("block sparse int8", "sparse", (6e-3, 3e-3, 1.2e-2), bits=8, kept=0.0575),
     contestant("smaller dense int4", "dense", (4e-3, 2e-3, 8e-3), d=88, hidden=384, bits=4),
     contestant("smaller dense int8", "dense", (4e-3, 2e-3, 8e-3), d=64, bits=8),
@@ -99,7 +99,7 @@ CONTESTANTS = [
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (5e-3, 2e-3, 1e-2), (0.05, 0.05, 0.1), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (2e-3, 1e-3, 5e-3), (0.1, 0.1, 0.1), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (5e-3, 2e-3, 1e-2), (0.025, 0.025, 0.05), layout="rbe4r_g3", basis="seeded"),
-    contestant("dense int8", "dense", (2e-3, 1e-3, 4e-3), bits=8),
+    contestant("whole dense int8", "dense", (2e-3, 1e-3, 4e-3), bits=8),
 ]
 MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit}
 
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tune", action="store_true", help="every rate, one seed")
+    parser.add_argument("--rate", type=int, default=0, help="which of the rates, from 0")
     parser.add_argument("--only", default="", help="contestants whose name contains one of these, separated by |")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -257,7 +258,7 @@ def main() -> None:
     chosen = [c for c in CONTESTANTS if any(part in c.name for part in options.only.split("|"))]
     for seed in range(1 if options.tune else options.seeds):
         for c in chosen:
-            for which in range(len(c.rates) if options.tune else 1):
+            for which in range(len(c.rates)) if options.tune else [options.rate]:
                 key = {"name": c.name, "steps": options.steps, "lr": c.rates[which], "amplitude lr": c.amplitude[which] if c.amplitude else None, "seed": seed}
                 if any(all(row[k] == v for k, v in key.items()) for row in rows):
                     continue
