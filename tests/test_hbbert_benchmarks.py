@@ -71,7 +71,7 @@ def test_the_full_benchmark_trains_for_each_setting(inputs, tmp_path):
 
 
 def test_the_accuracies_kept_are_of_all_stages(inputs, tmp_path):
-    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "inner")
+    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "inner", "--controls")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "hbbert_kept.json").read_text())["results"]
     for task in ("sst2", "hierarchy"):

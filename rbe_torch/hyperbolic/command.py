@@ -18,6 +18,7 @@ from .training import Names, Options, encode_all, train
 
 RULE_FILE = "hierarchy.json"
 CHECKPOINT = "training.pt"
+RATE, CODE_RATE = 1e-4, 5e-4  # benchmarks/hbbert.py: in codes far less is trained, and it takes larger steps
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     coded = any(isinstance(module, rbe_torch.RBELinear) for module in model.modules())
     if coded:
         rbe_torch.prepare_training(model)
-    settings = Options(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
+    settings = Options(steps=options.steps, batch=options.batch, lr=options.lr or (CODE_RATE if coded else RATE), seed=options.seed)
     with Progress("train", settings.steps, not options.quiet) as bar:
         losses = train(
             model, names, hierarchy, parts.train, settings, checkpoint, report=lambda step, loss: bar.step(1, f"loss {loss:.3f}")

@@ -38,7 +38,7 @@ class Options:
     batch: int = 32
     wrong: int = 4
     lr: float = 1e-4
-    rbe_rate: float = 0.1
+    rbe_rate: float = 0.2
     hard: float = 0.5
     alpha: float = ALPHA
     beta: float = BETA
