@@ -121,18 +121,12 @@ class Bench:
                 model, self.names, self.hierarchy, pairs, replace(settings, steps=dense_steps), checkpoint.with_suffix(".dense.pt")
             )
         if layout is not None:
-            model = to_codes(model, layout, self.calibration() if layout == LAYOUTS["2 bits"] else None)
+            inputs = self.names.batches(*CALIBRATION, self.options.seed, self.options.device) if layout == LAYOUTS["2 bits"] else None
+            model = to_codes(model, layout, inputs)
             rest = replace(settings, steps=settings.steps - dense_steps, seed=settings.seed + 1, lr=self.options.code_lr)
             losses += train(model, self.names, self.hierarchy, pairs, rest, checkpoint.with_suffix(".codes.pt"))
             rbe_torch.finish_training(model)
         return model, losses
-
-    def calibration(self) -> list[dict[str, torch.Tensor]]:
-        """Batches of names, for compression; no label is seen."""
-        drawn = torch.randperm(len(self.hierarchy.names), generator=torch.Generator().manual_seed(self.options.seed))
-        chunks = drawn[: CALIBRATION[0] * CALIBRATION[1]].split(CALIBRATION[1])
-        batches = [self.names.batch(chunk, torch.device(self.options.device)) for chunk in chunks]
-        return [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches]
 
     def points(self, model: HbBertModel) -> torch.Tensor:
         return encode_all(model, self.names)
@@ -222,6 +216,15 @@ def untrained(bench: Bench) -> dict[str, Any]:
     return {"space": "pretrained", "codes": "dense", "curvature": float(model.manifold.c), "f1": results, "loss": [], "seconds": 0.0}
 
 
+def settings_of(bench: Bench, codes: str) -> dict[str, Any]:
+    """What a row depends on; a row of other settings is measured again."""
+    settings = {**asdict(bench.settings), "full": bench.options.full, "entities": len(bench.hierarchy.names), "model": bench.options.model}
+    rate = settings.pop("rbe_rate")
+    if codes == "dense":
+        return settings
+    return {**settings, "rbe_rate": rate, "code_lr": bench.options.code_lr, "calibration": list(CALIBRATION)}
+
+
 def show(rows: list[dict[str, Any]]) -> str:
     lines = [{"space": "HiT, published (all nouns)", "weights": "dense", **{name: f"{value:.3f}" for name, value in PUBLISHED.items()}}]
     for row in rows:
@@ -261,9 +264,13 @@ def main() -> int:
                 continue
             file = options.out / f"hbbert-{'full' if options.full else 'reduced'}-{space}-{codes.replace(' ', '')}.json"
             kept = json.loads(file.read_text()) if file.is_file() else None
-            if kept is None or kept["facts"]["options"] != facts["options"] or kept["facts"]["entities"] != facts["entities"]:
-                kept = {"facts": facts, "row": measure(bench, space, codes)}
+            settings = settings_of(bench, codes)
+            if kept is None or kept["settings"] != settings:
+                kept = {"settings": settings, "machine": machine, "row": measure(bench, space, codes)}
                 file.write_text(json.dumps(kept, indent=1) + "\n")
+                for checkpoint in options.out.glob(f"hbbert-run-{space}-{codes.replace(' ', '')}*.pt"):
+                    if not checkpoint.name.endswith(".points.pt"):
+                        checkpoint.unlink()
             rows.append(kept["row"])
             print(show(rows[-1:]).splitlines()[-1], flush=True)
     if not rows:

@@ -147,7 +147,8 @@ def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
         points = bench.points(model)
         return float(np.mean([bench.f1(model, points, pairs, kind)["test"] for pairs in (indirect, parts) for kind in NEGATIVES]))
 
-    return stages(bench.model(options.space), learn, judge, bench.calibration(), "hierarchy, mean F1", options.controls)
+    calibration = bench.names.batches(*hbbert.CALIBRATION, options.seed, options.device)
+    return stages(bench.model(options.space), learn, judge, calibration, "hierarchy, mean F1", options.controls)
 
 
 def main() -> int:

@@ -179,6 +179,18 @@ def test_a_saved_model_comes_back_bit_for_bit(manifold, mode, layout, tmp_path):
     assert torch.equal(HbBertModel.from_pretrained(tmp_path / "fixed").eval()(IDS, MASK).embedding, fixed(IDS, MASK).embedding)
 
 
+def test_our_own_loader_finds_the_class_and_a_model_in_memory_keeps_its_curvature(tmp_path):
+    model = hb(curvature=0.03, learnable_curvature=True, layout="rbe8x2_g8")
+    model.manifold.log_c.data += 0.5
+    model.save_pretrained(tmp_path)
+    again = rbe_torch.load_pretrained(tmp_path).eval()
+    assert torch.equal(again(IDS, MASK).embedding, model(IDS, MASK).embedding)
+    fixed = hb(again, learnable_curvature=False)
+    assert math.isclose(fixed.manifold.c, 0.03 * math.exp(0.5), rel_tol=1e-6)
+    torch.testing.assert_close(fixed(IDS, MASK).embedding, model(IDS, MASK).embedding, rtol=0, atol=1e-5)
+    assert hb(again, curvature=0.0, learnable_curvature=False).manifold.c == 0
+
+
 def test_a_saved_model_can_be_opened_with_another_curvature(tmp_path):
     hb(curvature=0.1).save_pretrained(tmp_path)
     assert HbBertModel.from_pretrained(tmp_path, curvature=0.2).manifold.c == 0.2

@@ -1,4 +1,5 @@
-"""The Hb-BERT benchmarks, in small. Risks: a script that does not run on another WordNet, model or folder, a finished row measured again, JSON without the losses."""
+"""The Hb-BERT benchmarks, in small. Risks: a script that does not run on another WordNet, model or folder, a finished row measured again,
+JSON without the losses."""
 
 from __future__ import annotations
 
@@ -38,12 +39,14 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "wordnet" / "data.noun").write_text("\n".join(lines) + "\n")
     (folder / "sst2").mkdir()
     for part in ("train", "dev"):
-        (folder / "sst2" / f"{part}.tsv").write_text("label\tcontent\n" + "".join(f"{i % 2}\t{'a good b' if i % 2 else 'c bad d'}\n" for i in range(40)))
+        rows = "".join(f"{i % 2}\t{'a good b' if i % 2 else 'c bad d'}\n" for i in range(40))
+        (folder / "sst2" / f"{part}.tsv").write_text("label\tcontent\n" + rows)
     return folder
 
 
 def script(name: str, folder: Path, out: Path, *more: object) -> subprocess.CompletedProcess:
-    fixed = ["--wordnet", folder / "wordnet", "--model", folder / "bert", "--below", "r", "--out", out, "--steps", 4, "--batch", 4, "--device", "cpu"]
+    fixed = ["--wordnet", folder / "wordnet", "--model", folder / "bert", "--below", "r", "--out", out]
+    fixed += ["--device", "cpu", "--steps", 4, "--batch", 4]
     command = [sys.executable, "-W", "ignore", BENCHMARKS / name, *fixed, *more]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
 

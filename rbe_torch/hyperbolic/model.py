@@ -109,6 +109,8 @@ class FromBert:
         encoder = base_model(bert)
         if not isinstance(encoder, BertModel):
             raise TypeError(f"bert: is a {type(bert).__name__}, must be a directory, a BertModel or a model with one inside")
+        if isinstance(encoder, HbBertModel):
+            given = {"curvature": float(torch.as_tensor(encoder.manifold.c).detach()), **given}  # as it was trained
         encoder = copy.deepcopy(encoder)
         config = HbBertConfig.from_dict({**_plain(encoder.config.to_dict()), **given})
         model = cls(config)

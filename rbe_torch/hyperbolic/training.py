@@ -72,6 +72,13 @@ class Names:
         return self.ids[entities, :longest].to(device), (torch.arange(longest) < lengths[:, None]).long().to(device)
 
 
+    def batches(self, count: int = 16, size: int = 64, seed: int = 0, device: str = "cpu") -> list[dict[str, Tensor]]:
+        """Random names as a model is called with them: what compression is calibrated on."""
+        drawn = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(seed))[: count * size]
+        found = [self.batch(chunk, torch.device(device)) for chunk in drawn.split(size)]
+        return [{"input_ids": ids, "attention_mask": mask} for ids, mask in found]
+
+
 @torch.no_grad()
 def encode_all(model: nn.Module, names: Names, batch: int = 256) -> Tensor:
     """Points float32 [entities, d], in eval mode; entities of equal length together."""
