@@ -25,7 +25,7 @@ from .curvature import Curvature
 from .layers import attend, manifold_of, merge_heads, split_heads
 
 try:
-    from transformers import AutoModel, BertModel, BertPreTrainedModel
+    from transformers import AutoModel, AutoModelForSequenceClassification, BertModel, BertPreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.models.bert.modeling_bert import BertLayer
 except ImportError as error:
@@ -267,3 +267,4 @@ class HbBertForSequenceClassification(FromBert, BertPreTrainedModel):
 
 
 AutoModel.register(HbBertConfig, HbBertModel, exist_ok=True)
+AutoModelForSequenceClassification.register(HbBertConfig, HbBertForSequenceClassification, exist_ok=True)
