@@ -244,6 +244,8 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     options = parser(__doc__).parse_args()
     torch.set_num_threads(options.threads)
+    if options.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 products; everything hyperbolic stays float32
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": options.device, "torch": torch.__version__}

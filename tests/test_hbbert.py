@@ -122,6 +122,19 @@ def test_every_parameter_learns(manifold, mode):
     assert not [name for name in without if "key.bias" not in name], without  # for c = 0 the softmax does not see a key's bias
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")  # its successor is not in transformers 5.0
+def test_checkpointed_layers_have_the_same_gradients():
+    gradients = []
+    for checkpointed in (False, True):
+        model = hb(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), curvature=0.05, learnable_curvature=True).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model(IDS, MASK).embedding.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 # ---- codes ------------------------------------------------------------------------------------------------------------------------
 @MANIFOLDS
 def test_every_linear_layer_can_be_in_codes_and_is_the_decoded_layer(manifold):
