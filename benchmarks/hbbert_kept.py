@@ -1,10 +1,10 @@
 """How much accuracy an Hb-BERT keeps at 2 bits: after compression (PTQ), training in codes (QAT) and training on (QAT + fine-tuning).
 
     dense                  the pretrained encoder, trained for the task
-    PTQ                    that model compressed to rbe8x2_g8, nothing more
+    PTQ                    that model compressed to rbe8x2_g8 with inputs of the task as calibration, nothing more
     QAT                    PTQ, then as many steps in codes (rbe_torch.prepare_training) as the dense model had
     QAT + fine-tuning      QAT, then as many steps again at a quarter of the rate
-    dense, same steps      the dense model trained on like QAT and like QAT + fine-tuning: what the extra steps alone are worth
+    dense, steps of ...    with --controls, the dense model trained on like QAT and like QAT + fine-tuning: what more steps alone are worth
 
 Tasks: SST-2 (accuracy on its dev set; --data names a folder with sst2/train.tsv and sst2/dev.tsv, as GLUE has them) and the hierarchy of
 benchmarks/hbbert.py (mean F1 of its four settings). Kept: a model's value over dense's; the format's inventors claim 93.2, 97.1, 99.3 %.
@@ -41,27 +41,40 @@ CLAIMED = {"PTQ": 93.2, "QAT": 97.1, "QAT + fine-tuning": 99.3}
 Train = Callable[[nn.Module, int, float], list[float]]  # model, number of the stage, factor of the rate -> losses
 
 
-def stages(start: nn.Module, learn: Train, judge: Callable[[nn.Module], float], report: Callable[[str], None]) -> dict[str, Any]:
-    """Runs all stages from a pretrained model; the values are `judge`'s."""
+def stages(
+    start: nn.Module,
+    learn: Train,
+    judge: Callable[[nn.Module], float],
+    calibration: list[dict[str, torch.Tensor]],
+    name: str,
+    controls: bool,
+) -> dict[str, Any]:
+    """Runs all stages from a pretrained model; the values are `judge`'s, and `name` says what they are."""
     result: dict[str, Any] = {}
 
-    def note(name: str, model: nn.Module, losses: list[float]) -> None:
+    def note(stage: str, model: nn.Module, losses: list[float]) -> None:
         ends = [round(float(np.mean(part)), 4) for part in (losses[:10], losses[-10:])] if losses else None
-        result[name] = {"value": judge(model), "loss": ends}
-        report(f"{name}: {result[name]}")
+        result[stage] = {"value": judge(model), "loss": ends}
+        print(f"{name}, {stage}: {result[stage]}", flush=True)
 
     dense = start
     note("dense", dense, learn(dense, 0, 1.0))
     coded = copy.deepcopy(dense)
-    rbe_torch.compress(coded, LAYOUT, progress=False)
+    rbe_torch.compress(coded, LAYOUT, calibration=calibration, progress=False)
     note("PTQ", coded, [])
-    for number, (name, factor) in enumerate((("QAT", 1.0), ("QAT + fine-tuning", FINE)), 1):
+    for number, (stage, factor) in enumerate((("QAT", 1.0), ("QAT + fine-tuning", FINE)), 1):
         rbe_torch.prepare_training(coded)
         losses = learn(coded, number, factor)
         rbe_torch.finish_training(coded)
-        note(name, coded, losses)
-        note(f"dense, steps of {name}", dense, learn(dense, number, factor))
+        note(stage, coded, losses)
+        if controls:
+            note(f"dense, steps of {stage}", dense, learn(dense, number, factor))
     return result
+
+
+def rate_of(model: nn.Module, options: argparse.Namespace) -> float:
+    coded = any(isinstance(module, rbe_torch.RBELinear) for module in model.modules())
+    return options.code_lr if coded else options.lr
 
 
 # ---- SST-2 ------------------------------------------------------------------------------------------------------------------------
@@ -92,7 +105,7 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
     def learn(model: nn.Module, number: int, factor: float) -> list[float]:
         """One pass over the same sentences in another order."""
         shuffled = torch.tensor(order)[torch.randperm(len(order), generator=torch.Generator().manual_seed(number))].tolist()
-        optimiser = optimiser_of(model, Options(lr=options.lr * factor))
+        optimiser = optimiser_of(model, Options(lr=rate_of(model, options) * factor))
         rates, losses = [group["lr"] for group in optimiser.param_groups], []
         model.train()
         for step, start in enumerate(range(0, len(shuffled), options.batch)):
@@ -115,7 +128,9 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
         found = torch.cat([model(batch["input_ids"], batch["attention_mask"]).logits.argmax(1) for batch in batches(dev, 64)]).cpu()
         return float((found == torch.tensor(dev_labels)).float().mean())
 
-    return stages(model, learn, judge, lambda text: print("SST-2 dev accuracy,", text, flush=True))
+    calibration = batches([sentences[i] for i in order[:512]], 32)
+    calibration = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in calibration]
+    return stages(model, learn, judge, calibration, "SST-2 dev accuracy", options.controls)
 
 
 # ---- the hierarchy ----------------------------------------------------------------------------------------------------------------
@@ -125,20 +140,22 @@ def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
     indirect = bench.indirect(parts)
 
     def learn(model: HbBertModel, number: int, factor: float) -> list[float]:
-        settings = replace(bench.settings, lr=bench.settings.lr * factor, seed=options.seed + number)
+        settings = replace(bench.settings, lr=rate_of(model, options) * factor, seed=options.seed + number)
         return train(model, bench.names, bench.hierarchy, parts.train, settings)
 
     def judge(model: HbBertModel) -> float:
         points = bench.points(model)
         return float(np.mean([bench.f1(model, points, pairs, kind)["test"] for pairs in (indirect, parts) for kind in NEGATIVES]))
 
-    return stages(bench.model(options.space), learn, judge, lambda text: print("hierarchy, mean F1,", text, flush=True))
+    calibration = bench.names.batches(*hbbert.CALIBRATION, options.seed, options.device)
+    return stages(bench.model(options.space), learn, judge, calibration, "hierarchy, mean F1", options.controls)
 
 
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/train.tsv and sst2/dev.tsv")
     parser.add_argument("--space", choices=tuple(hbbert.SPACES), default="ours")
+    parser.add_argument("--controls", action="store_true", help="also train the dense model on for as many steps")
     parser.add_argument("--task", choices=("sst2", "hierarchy"), action="append", help="only this one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

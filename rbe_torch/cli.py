@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--task", choices=("multi", "mixed"), default="multi", help="test on indirect pairs (default), or on held-out direct ones too")
     entry.add_argument("--steps", type=_count, default=1000, help="default 1000")
     entry.add_argument("--batch", type=_count, default=32, help="pairs a step, default 32")
-    entry.add_argument("--lr", type=_positive, default=1e-4, help="default 1e-4")
+    entry.add_argument("--lr", type=_positive, help="default 1e-4, or 5e-4 for codes")
     entry.add_argument("--seed", type=_seed, default=0)
     entry.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
     json_option(entry)

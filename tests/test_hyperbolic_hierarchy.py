@@ -312,6 +312,9 @@ def test_the_command_trains_saves_and_what_it_saves_loads(capsys, directory, pai
         not (out / "training.pt").exists() and (out / "vocab.txt").is_file() and json.loads((out / "hierarchy.json").read_text()) == facts
     )
     assert run(capsys, *fixed)[0] == 1  # not empty
+    on = ["--data", pairs, "--out", tmp_path / "on", "--model", out, "--steps", 2, "--batch", 8, "--quiet", "--json"]
+    status, text, err = run(capsys, *on)  # trained on, codes and curvature and all
+    assert status == 0 and json.loads(text)["curvature"] == pytest.approx(facts["curvature"]), err
     status, text, err = run(capsys, *fixed, "--force", "--manifold", "poincare", "--mode", "output", "--curvature", 0, "--task", "mixed")
     assert status == 0 and "test F1" in text, err
 

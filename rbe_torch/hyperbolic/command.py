@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..models import copy_companions, is_compressed, load_any, load_tokenizer, model_directory
+from ..models import copy_companions, load_any, load_tokenizer, model_directory
 from ..progress import Progress
 from .hierarchy import read_hierarchy
 from .model import HbBertModel
@@ -18,6 +18,7 @@ from .training import Names, Options, encode_all, train
 
 RULE_FILE = "hierarchy.json"
 CHECKPOINT = "training.pt"
+RATE, CODE_RATE = 1e-4, 5e-4  # benchmarks/hbbert.py: in codes far less is trained, and it takes larger steps
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -38,18 +39,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     names = Names(tokenizer, hierarchy.names)
     torch.manual_seed(options.seed)
-    if is_compressed(source):
-        import rbe_torch.hf  # noqa: F401  its model class is found with it
     dense = load_any(source)
     if options.layout is not None:
-        rbe_torch.compress(dense, options.layout, progress=not options.quiet)
+        held = rbe_torch.Layout.parse(options.layout).has_amplitude  # such codes hold little of a trained weight however they are fitted
+        inputs = None if held else names.batches(seed=options.seed)
+        rbe_torch.compress(dense, options.layout, calibration=inputs, progress=not options.quiet)
     model = HbBertModel.from_pretrained(
         dense, manifold=options.manifold, curvature=options.curvature, mode=options.mode, learnable_curvature=options.learn_curvature
     )
     coded = any(isinstance(module, rbe_torch.RBELinear) for module in model.modules())
     if coded:
         rbe_torch.prepare_training(model)
-    settings = Options(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
+    settings = Options(steps=options.steps, batch=options.batch, lr=options.lr or (CODE_RATE if coded else RATE), seed=options.seed)
     with Progress("train", settings.steps, not options.quiet) as bar:
         losses = train(
             model, names, hierarchy, parts.train, settings, checkpoint, report=lambda step, loss: bar.step(1, f"loss {loss:.3f}")

@@ -25,7 +25,7 @@ from .curvature import Curvature
 from .layers import attend, manifold_of, merge_heads, split_heads
 
 try:
-    from transformers import AutoModel, BertModel, BertPreTrainedModel
+    from transformers import AutoModel, AutoModelForSequenceClassification, BertModel, BertPreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.models.bert.modeling_bert import BertLayer
 except ImportError as error:
@@ -109,6 +109,8 @@ class FromBert:
         encoder = base_model(bert)
         if not isinstance(encoder, BertModel):
             raise TypeError(f"bert: is a {type(bert).__name__}, must be a directory, a BertModel or a model with one inside")
+        if isinstance(encoder, HbBertModel):
+            given = {"curvature": float(torch.as_tensor(encoder.manifold.c).detach()), **given}  # as it was trained
         encoder = copy.deepcopy(encoder)
         config = HbBertConfig.from_dict({**_plain(encoder.config.to_dict()), **given})
         model = cls(config)
@@ -265,3 +267,4 @@ class HbBertForSequenceClassification(FromBert, BertPreTrainedModel):
 
 
 AutoModel.register(HbBertConfig, HbBertModel, exist_ok=True)
+AutoModelForSequenceClassification.register(HbBertConfig, HbBertForSequenceClassification, exist_ok=True)

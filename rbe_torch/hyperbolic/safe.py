@@ -53,11 +53,6 @@ def asinhc(s: Tensor) -> Tensor:
     return _analytic(s, _ASINH, lambda r: r.asinh() / r)
 
 
-def tanhc(s: Tensor) -> Tensor:
-    """tanh(sqrt(s)) / sqrt(s)."""
-    return _analytic(s, _TANH, lambda r: r.tanh() / r)
-
-
 def atanhc(s: Tensor) -> Tensor:
     """atanh(sqrt(s)) / sqrt(s) for s < 1."""
     return _analytic(s, _ATANH, lambda r: r.atanh() / r)

@@ -38,7 +38,7 @@ class Options:
     batch: int = 32
     wrong: int = 4
     lr: float = 1e-4
-    rbe_rate: float = 0.1
+    rbe_rate: float = 0.2
     hard: float = 0.5
     alpha: float = ALPHA
     beta: float = BETA
@@ -70,6 +70,13 @@ class Names:
         lengths = self.lengths[entities]
         longest = int(lengths.max())
         return self.ids[entities, :longest].to(device), (torch.arange(longest) < lengths[:, None]).long().to(device)
+
+
+    def batches(self, count: int = 16, size: int = 64, seed: int = 0, device: str = "cpu") -> list[dict[str, Tensor]]:
+        """Random names as a model is called with them: what compression is calibrated on."""
+        drawn = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(seed))[: count * size]
+        found = [self.batch(chunk, torch.device(device)) for chunk in drawn.split(size)]
+        return [{"input_ids": ids, "attention_mask": mask} for ids, mask in found]
 
 
 @torch.no_grad()
