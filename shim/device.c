@@ -14,6 +14,11 @@ const char *rbe_device_text(int32_t type, int32_t index) {
     return text;
 }
 
+// 1 in the library of tests/cuda whose kernels run on the CPU: CPU tensors go the way of CUDA tensors.
+#ifndef RBE_CUDA_ON_HOST
+#define RBE_CUDA_ON_HOST 0
+#endif
+
 #ifdef RBE_HAVE_CUDA
 // Device memory is a torch tensor of bytes: torch's caching allocator keeps it for later work on the same stream once the tensor is freed, so it
 // may be freed before the kernels have run, and it belongs to the graph where one is captured.
@@ -55,16 +60,17 @@ rbe_status rbe_enter_device(rbe_call *call) {
     torch_tensor first = rbe_call_tensor(call, 0);  // every operator has a tensor there
     torch.aoti_torch_get_device_type(first, &place->type);
     torch.aoti_torch_get_device_index(first, &place->index);
-    place->cuda = place->type == torch.aoti_torch_device_type_cuda();
+    place->cuda = RBE_CUDA_ON_HOST || place->type == torch.aoti_torch_device_type_cuda();
     if (!place->cuda) return RBE_OK;
 #ifdef RBE_HAVE_CUDA
-    place->device = (rbe_device){.allocate = allocate, .owner = call, .products = &place->products, .index = place->index};
+    place->device = (rbe_device){.allocate = allocate, .owner = call, .products = &place->products,
+                                   .index = RBE_CUDA_ON_HOST ? 0 : place->index};
     place->before = rbe_cu_use_device(place->index);
     if (place->before < 0) {
         rbe_call_fail(call, "cuda:%d: cannot be made the current device", (int)place->index);
         return RBE_DEVICE_FAILED;
     }
-    return current_stream(call, &place->device.stream);
+    return RBE_CUDA_ON_HOST ? RBE_OK : current_stream(call, &place->device.stream);
 #else
     rbe_call_fail(call, "the tensors are on %s, but this rbe_torch was built without CUDA kernels; build it where nvcc is: RBE_CUDA=1 pip install .",
                   rbe_device_text(place->type, place->index));

@@ -156,6 +156,6 @@ int rbe_cu_use_device(int device) {
 }
 const char *rbe_cu_error_text(int error) { return cudaGetErrorString((cudaError_t)error); }
 #else
-int rbe_cu_use_device(int device) { return device; }
+int rbe_cu_use_device(int) { return 0; }
 const char *rbe_cu_error_text(int error) { return error ? "invalid argument" : "no error"; }
 #endif
