@@ -12,10 +12,17 @@
 extern "C" {
 #endif
 
+// Memory that the dense products of a call share, one after the other.
+typedef struct rbe_products {
+    void *workspace;
+    size_t bytes;
+} rbe_products;
+
 // Where a call runs, and who lends it memory.
 typedef struct rbe_device {
     void *(*allocate)(void *owner, size_t bytes);  // on the device, aligned to 256 bytes, until the call ends; NULL if there is none
     void *owner;
+    rbe_products *products;                        // zero before the first one
     void *stream;
     int index;
 } rbe_device;
@@ -25,6 +32,7 @@ rbe_status rbe_cuda_linear(const rbe_weight *w, const rbe_matrix *x, const void 
 rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
                                     const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *device, rbe_error *err);
+rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_pack(const rbe_weight *w, uint8_t *packed, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_unpack(const rbe_weight *w, int32_t *words, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_interleave(const uint8_t *packed, int64_t rows, int64_t count, uint8_t *interleaved, const rbe_device *device, rbe_error *err);

@@ -193,14 +193,18 @@ static rbe_status multiply(const rbe_gemm *g, call *c, const rbe_device *device,
     pthread_mutex_unlock(&lock);
     if (status != RBE_OK) return status;
 
-    void *workspace = bytes ? device->allocate(device->owner, bytes) : NULL;
-    if (bytes && !workspace) return rbe_fail(err, RBE_OUT_OF_MEMORY, "workspace: the device has no %zu bytes for cuBLASLt", bytes);
+    rbe_products *products = device->products;
+    if (bytes > products->bytes) {
+        void *workspace = device->allocate(device->owner, bytes);
+        if (!workspace) return rbe_fail(err, RBE_OUT_OF_MEMORY, "workspace: the device has no %zu bytes for cuBLASLt", bytes);
+        *products = (rbe_products){workspace, bytes};
+    }
     const double alpha64 = 1.0, beta64 = g->accumulate ? 1.0 : 0.0;
     const float alpha32 = 1.0f, beta32 = g->accumulate ? 1.0f : 0.0f;
     const bool wide = g->out == RBE_F64;
     const int failed = lt.cublasLtMatmul(handle, c->desc, wide ? (const void *)&alpha64 : &alpha32, g->b.data, c->first, g->a.data, c->second,
-                                         wide ? (const void *)&beta64 : &beta32, g->c, c->result, g->c, c->result, &algo, workspace, bytes,
-                                         device->stream);
+                                         wide ? (const void *)&beta64 : &beta32, g->c, c->result, g->c, c->result, &algo,
+                                         products->workspace, products->bytes, device->stream);
     return failed ? rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: a product failed with status %d", failed) : RBE_OK;
 }
 

@@ -1,4 +1,4 @@
-// rbe_cuda_decode, pack, unpack, interleave and deinterleave. pack and unpack check the codes, and so wait for the device.
+// rbe_cuda_decode and its gradients, pack, unpack, interleave and deinterleave. pack and unpack check the codes, and so wait for the device.
 #include "cuda_internal.h"
 
 rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *device, rbe_error *err) {
@@ -8,6 +8,33 @@ rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *d
     RBE_TRY(rbe_cuda_bind(w, device, &bound, err));
     const rbe_cu_matrix out = {dense, w->real, w->rows, w->cols, w->cols};
     RBE_LAUNCH(rbe_cu_decode(&bound.codes, w->basis, w->gain, &bound.residual, &out, device->stream), err);
+    return RBE_OK;
+}
+
+// The gradient of W is all that rbe_cuda_backward_dense makes of x and dy: its second half, for all rows at once.
+rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device, rbe_error *err) {
+    RBE_TRY(rbe_cuda_check(w, err));
+    if (w->real != RBE_F32) return rbe_fail(err, RBE_BAD_ARGUMENT, "basis: must be float32");
+    rbe_cuda_weight bound;
+    RBE_TRY(rbe_cuda_bind(w, device, &bound, err));
+    const int64_t count = bound.count, pitch = bound.pitch, splits = rbe_cu_dense_basis_splits(&bound.codes);
+    const int64_t basis = (int64_t)w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
+    uint8_t *idx;
+    int32_t *order, *start;
+    float *scale, *d, *partial;
+    void *stream = device->stream;
+    RBE_TRY(rbe_cuda_take(device, count * pitch, sizeof *idx, &idx, err));
+    RBE_TRY(rbe_cuda_take(device, count * pitch, sizeof *scale, &scale, err));
+    RBE_TRY(rbe_cuda_take(device, count * pitch, sizeof *d, &d, err));
+    RBE_TRY(rbe_cuda_take(device, count * w->rows, sizeof *order, &order, err));
+    RBE_TRY(rbe_cuda_take(device, count * (RBE_BASIS_VECTORS + 1), sizeof *start, &start, err));
+    RBE_TRY(rbe_cuda_take(device, splits * basis, sizeof *partial, &partial, err));
+    RBE_LAUNCH(rbe_cu_unpack(&bound.codes, pitch, idx, scale, NULL, stream), err);
+    RBE_LAUNCH(rbe_cu_dense_d(&bound.codes, dense, w->basis, d, pitch, stream), err);
+    RBE_LAUNCH(rbe_cu_finish_codes(&bound.codes, d, scale, pitch, w->gain, dgain, NULL, NULL, stream), err);
+    RBE_LAUNCH(rbe_cu_sort(idx, pitch, w->rows, count, order, start, stream), err);
+    RBE_LAUNCH(rbe_cu_dense_basis(&bound.codes, dense, order, start, scale, pitch, w->gain, false, splits, partial, stream), err);
+    RBE_LAUNCH(rbe_cu_sum_splits(partial, RBE_F32, splits, basis, dbasis, stream), err);
     return RBE_OK;
 }
 
@@ -22,7 +49,7 @@ static rbe_status check_values(const rbe_weight *w, const rbe_cu_codes *codes, c
     return rbe_fail(err, RBE_BAD_ARGUMENT,
                     "codes: the word at row %lld, group %lld, stage %lld has bits that its layout of %d bits does not store%s", row,
                     q / w->layout.stages, q % w->layout.stages, (int)w->layout.bits,
-                    w->layout.field == RBE_FIELD_RBE9R ? ", or an idx that the seed does not give" : "");
+                    rbe_field_seeded(w->layout.field) ? ", or an idx that the seed does not give" : "");
 }
 
 static rbe_status bind_checked(const rbe_weight *w, const rbe_device *device, rbe_cuda_weight *out, rbe_error *err) {

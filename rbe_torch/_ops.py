@@ -354,6 +354,12 @@ def _autocast_kernel(op, device: str, key: torch._C.DispatchKeySet, x: torch.Ten
         return op(x, *args, **keywords)
 
 
+def _on_host(op, *args, **keywords):
+    """Encoding searches on the CPU: CUDA tensors go there and the words come back."""
+    device = args[0].device
+    return op(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in args), **keywords).to(device)
+
+
 def _register_all() -> torch.library.Library:
     library = torch.library.Library("rbe", "IMPL")
     _register(library, "linear", _Linear, _TENSORS, autograd=True)
@@ -365,6 +371,8 @@ def _register_all() -> torch.library.Library:
         for name in ("linear", "linear_inference"):
             kernel = functools.partial(_autocast_kernel, getattr(_ops, name).default, device, key)
             library.impl(name, kernel, f"Autocast{device.upper()}")
+    for name in ("encode", "encode_calibrated"):
+        library.impl(name, functools.partial(_on_host, getattr(_ops, name).default), "CUDA")
     for name, fake in {
         "linear": _fake_linear, "linear_inference": _fake_linear, "linear_backward": _fake_linear_backward, "decode": _fake_decode,
         "decode_backward": _fake_decode_backward, "encode": _fake_encode, "encode_calibrated": _fake_encode_calibrated, "pack": _fake_pack,

@@ -15,6 +15,7 @@ rbe_status rbe_op_decode(rbe_call *call) {
     void *dense;
     status = rbe_call_result(call, 2, shape, rbe_torch_dtype(real), &dense);
     if (status != RBE_OK) return status;
+    if (rbe_on_cuda(call)) return rbe_cuda_decode(&w, dense, &call->place.device, &call->err);
     rbe_parallel threads = rbe_torch_threads();
     return rbe_decode(&w, dense, &threads, &call->err);
 }
@@ -88,10 +89,12 @@ static rbe_status repack(rbe_call *call, bool pack) {
     if (pack) {
         int64_t shape[2] = {w.rows, rbe_packed_row_bytes(&w.layout, groups)};
         status = rbe_call_result(call, 2, shape, torch.aoti_torch_dtype_uint8(), &data);
+        if (status == RBE_OK && rbe_on_cuda(call)) return rbe_cuda_pack(&w, data, &call->place.device, &call->err);
         return status == RBE_OK ? rbe_pack(&w, data, &call->err) : status;
     }
     int64_t shape[3] = {w.rows, groups, w.layout.stages};
     status = rbe_call_result(call, 3, shape, torch.aoti_torch_dtype_int32(), &data);
+    if (status == RBE_OK && rbe_on_cuda(call)) return rbe_cuda_unpack(&w, data, &call->place.device, &call->err);
     return status == RBE_OK ? rbe_unpack(&w, data, &call->err) : status;
 }
 rbe_status rbe_op_interleave(rbe_call *call) {
@@ -107,6 +110,9 @@ rbe_status rbe_op_interleave(rbe_call *call) {
     const int64_t shape[3] = {rbe_interleaved_tiles(packed.sizes[0]), packed.sizes[1], RBE_INTERLEAVED_ROWS};
     status = rbe_dense_bytes(call, &packed, 1, &bytes);
     if (status == RBE_OK) status = rbe_call_result(call, 3, shape, packed.dtype, &data);
+    if (status == RBE_OK && rbe_on_cuda(call)) {
+        return rbe_cuda_interleave(bytes, packed.sizes[0], shape[1], data, &call->place.device, &call->err);
+    }
     return status == RBE_OK ? rbe_interleave(bytes, shape[1], packed.sizes[0], shape[1], data, &call->err) : status;
 }
 
@@ -129,6 +135,7 @@ rbe_status rbe_op_deinterleave(rbe_call *call) {
     const int64_t shape[2] = {rows, codes.sizes[1]};
     status = rbe_dense_bytes(call, &codes, 1, &bytes);
     if (status == RBE_OK) status = rbe_call_result(call, 2, shape, codes.dtype, &data);
+    if (status == RBE_OK && rbe_on_cuda(call)) return rbe_cuda_deinterleave(bytes, rows, shape[1], data, &call->place.device, &call->err);
     return status == RBE_OK ? rbe_deinterleave(bytes, rows, shape[1], data, &call->err) : status;
 }
 

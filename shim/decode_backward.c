@@ -15,7 +15,7 @@ rbe_status rbe_op_decode_backward(rbe_call *call) {
     status = rbe_expect_shape(call, &gradient, 2, shape, "[m, n]");
     if (status == RBE_OK) status = rbe_dense_float(call, &gradient, RBE_F32, &dense);
     if (status != RBE_OK) return status;
-    if (!w.words) {
+    if (!w.words && !rbe_on_cuda(call)) {
         int32_t *unpacked = rbe_call_allocate(call, (size_t)(w.rows * w.groups * w.layout.stages) * sizeof *unpacked);
         if (!unpacked) return rbe_call_fail(call, "codes: out of memory");
         status = rbe_unpack(&w, unpacked, &call->err);
@@ -29,6 +29,7 @@ rbe_status rbe_op_decode_backward(rbe_call *call) {
     status = rbe_call_result(call, 3, basis_shape, torch.aoti_torch_dtype_float32(), &dbasis);
     if (status == RBE_OK) status = rbe_call_result(call, 1, &w.rows, torch.aoti_torch_dtype_float32(), &dgain);
     if (status != RBE_OK) return status;
+    if (rbe_on_cuda(call)) return rbe_cuda_decode_backward(&w, dense, dbasis, dgain, &call->place.device, &call->err);
     rbe_parallel threads = rbe_torch_threads();
     return rbe_decode_backward(&w, dense, dbasis, dgain, &threads, &call->err);
 }

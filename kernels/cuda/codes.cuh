@@ -35,17 +35,14 @@ CU_DEVICE uint32_t cu_stored_bits(const uint8_t *row, int64_t q, int bits) {
 CU_DEVICE uint32_t cu_word(const rbe_cu_codes &c, int64_t i, int64_t q) {
     if (c.words) return (uint32_t)c.words[i * (c.groups * c.stages) + q];
     const uint32_t b = cu_stored_bits(c.packed + i * c.packed_stride, q, c.bits);
-    switch (c.field) {
-        case RBE_FIELD_RBE8: return b << RBE_IDX_SHIFT;
-        case RBE_FIELD_RBE16S: return (b >> 8) << RBE_IDX_SHIFT | (b & 255u);
-        case RBE_FIELD_RBE9R:
-            return 1u << RBE_CAT_SHIFT | 3u << RBE_SUB_SHIFT | (b >> 8) << RBE_SIGN_SHIFT | (b & 255u) |
-                   cu_seeded_idx(c.seed, c.first + (uint32_t)i * c.row_step + (uint32_t)q) << RBE_IDX_SHIFT;
-        default: return b;
-    }
+    if (c.field == RBE_FIELD_RBE8) return b << RBE_IDX_SHIFT;
+    if (c.field == RBE_FIELD_RBE16S) return (b >> 8) << RBE_IDX_SHIFT | (b & 255u);
+    if (!c.seeded) return b;
+    const int amp = 8 - c.unstored;
+    return c.constant | (b >> amp) << RBE_SIGN_SHIFT | (b & ((1u << amp) - 1u)) << c.unstored |
+           cu_seeded_idx(c.seed, c.first + (uint32_t)i * c.row_step + (uint32_t)q) << RBE_IDX_SHIFT;
 }
 CU_DEVICE uint32_t cu_idx(uint32_t word) { return word >> RBE_IDX_SHIFT & 255u; }
-CU_DEVICE bool cu_has_scale(rbe_field field) { return field != RBE_FIELD_RBE8 && field != RBE_FIELD_RBE16S; }
 
 CU_DEVICE const float *cu_curve_point(uint32_t word) {
     const uint32_t curve = (word >> RBE_SUB_SHIFT & 15u) << 1 | (word >> RBE_DERIV_SHIFT & 1u);
@@ -66,15 +63,17 @@ CU_DEVICE Real cu_clamped_size(Real a) {  // min(|a|, 1 - 2^-18), which float32 
     return size < most ? size : most;
 }
 
-// The word with sign, amp and amp_fine of amplitude a, rounded half up.
+// The word with sign, amp and amp_fine of amplitude a: rounded half up, or the middle of its cell where end bits are not stored.
 template <class Real>
-CU_DEVICE uint32_t cu_amplitude_word(rbe_field field, uint32_t word, Real a) {
-    const uint32_t steps = field == RBE_FIELD_RBE32 ? 1u << 18 : 1u << 8;
+CU_DEVICE uint32_t cu_amplitude_word(const rbe_cu_codes &c, uint32_t word, Real a) {
+    const bool fine_stored = c.field == RBE_FIELD_RBE32;
+    const uint32_t steps = fine_stored ? 1u << 18 : 1u << (8 - c.unstored);
     const Real scaled = cu_clamped_size(a) * (Real)steps;
     uint32_t k = (uint32_t)scaled;  // truncation: scaled >= 0
-    k += scaled - (Real)k >= (Real)0.5;
+    if (!c.unstored) k += scaled - (Real)k >= (Real)0.5;
     if (k > steps - 1u) k = steps - 1u;
-    const uint32_t amp = field == RBE_FIELD_RBE32 ? k >> 10 : k, fine = field == RBE_FIELD_RBE32 ? k & 1023u : 0u;
+    if (c.unstored) k = k << c.unstored | 1u << (c.unstored - 1);
+    const uint32_t amp = fine_stored ? k >> 10 : k, fine = fine_stored ? k & 1023u : 0u;
     const uint32_t kept = word & ~(1023u << RBE_FINE_SHIFT | 1u << RBE_SIGN_SHIFT | 255u);
     return kept | fine << RBE_FINE_SHIFT | (uint32_t)(a < 0) << RBE_SIGN_SHIFT | amp;
 }
@@ -83,7 +82,7 @@ template <class Real>
 CU_DEVICE const float *cu_amplitude_point(const rbe_cu_codes &c, uint32_t word, Real a, Real *inside) {
     if (c.rounded) {
         *inside = 0;
-        return cu_curve_point(cu_amplitude_word(c.field, word, a));
+        return cu_curve_point(cu_amplitude_word(c, word, a));
     }
     const Real u256 = cu_clamped_size(a) * (Real)256;
     const uint32_t amp = (uint32_t)u256;
@@ -94,11 +93,11 @@ CU_DEVICE const float *cu_amplitude_point(const rbe_cu_codes &c, uint32_t word, 
 // Scale of code q of row i, whose word is given.
 template <class Real>
 CU_DEVICE Real cu_scale(const rbe_cu_codes &c, uint32_t word, int64_t i, int64_t q) {
-    if (!cu_has_scale(c.field)) return 1;
+    if (!c.scaled) return 1;
     if (!c.amplitude) return (Real)cu_word_scale(word);
     const Real a = ((const Real *)c.amplitude)[i * (c.groups * c.stages) + q];
     if (a != a) return a;
-    if (c.rounded) return (Real)cu_word_scale(cu_amplitude_word(c.field, word, a));
+    if (c.rounded) return (Real)cu_word_scale(cu_amplitude_word(c, word, a));
     Real inside;
     const float *point = cu_amplitude_point(c, word, a, &inside);
     const Real value = (Real)point[0] + ((Real)point[1] - (Real)point[0]) * inside;

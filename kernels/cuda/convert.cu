@@ -145,6 +145,8 @@ int rbe_cu_sum_splits(const void *in, rbe_dtype real, int64_t splits, int64_t co
 }
 
 int rbe_cu_zero(void *at, size_t bytes, void *stream) { return cu_clear(at, bytes, (cudaStream_t)stream); }
+int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream) { return cu_copy_to_host(to, from, bytes, (cudaStream_t)stream); }
+int rbe_cu_to_device(void *to, const void *from, size_t bytes, void *stream) { return cu_copy_to_device(to, from, bytes, (cudaStream_t)stream); }
 
 #ifdef __CUDACC__
 int rbe_cu_use_device(int device) {
@@ -154,6 +156,6 @@ int rbe_cu_use_device(int device) {
 }
 const char *rbe_cu_error_text(int error) { return cudaGetErrorString((cudaError_t)error); }
 #else
-int rbe_cu_use_device(int device) { return device; }
+int rbe_cu_use_device(int) { return 0; }
 const char *rbe_cu_error_text(int error) { return error ? "invalid argument" : "no error"; }
 #endif

@@ -109,6 +109,10 @@ static inline int cu_copy_to_host(void *to, const void *from, size_t bytes, cuda
     const cudaError_t failed = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);
     return (int)(failed != cudaSuccess ? failed : cudaStreamSynchronize(stream));
 }
+static inline int cu_copy_to_device(void *to, const void *from, size_t bytes, cudaStream_t stream) {
+    const cudaError_t failed = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+    return (int)(failed != cudaSuccess ? failed : cudaStreamSynchronize(stream));
+}
 #endif
 
 struct alignas(16) cu_vector16 {  // what one thread moves in one 16-byte access

@@ -24,7 +24,10 @@ typedef struct rbe_cu_codes {
     int64_t rows, cols, groups;
     int32_t stages, group, bits;
     rbe_field field;
-    uint32_t seed, first, row_step;  // rbe9r, packed: c of code q of row i is first + i*row_step + q (kernels/format.h)
+    bool seeded, scaled;
+    int32_t unstored;                // bits of amp that are not stored, for layouts ending in r
+    uint32_t constant;               // bits that every word has
+    uint32_t seed, first, row_step;  // seeded layouts: c of code q of row i is first + i*row_step + q (kernels/format.h)
     rbe_dtype real;                  // of amplitude, basis and gain: RBE_F32 or RBE_F64
     bool rounded;
 } rbe_cu_codes;
@@ -124,6 +127,8 @@ int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *sc
 int rbe_cu_use_device(int device);
 const char *rbe_cu_error_text(int error);
 int rbe_cu_zero(void *at, size_t bytes, void *stream);
+int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream);  // waits for the stream
+int rbe_cu_to_device(void *to, const void *from, size_t bytes, void *stream);  // `from` may be freed when it returns
 
 #ifdef __cplusplus
 }

@@ -16,7 +16,7 @@ static __global__ void pack(rbe_cu_codes codes, int64_t bytes, uint8_t *packed, 
         uint32_t stored = w;
         if (codes.field == RBE_FIELD_RBE8) stored = cu_idx(w);
         if (codes.field == RBE_FIELD_RBE16S) stored = (w & 255u) | cu_idx(w) << 8;
-        if (codes.field == RBE_FIELD_RBE9R) stored = (w & 255u) | (w >> RBE_SIGN_SHIFT & 1u) << 8;
+        if (codes.seeded) stored = (w & 255u) >> codes.unstored | (w >> RBE_SIGN_SHIFT & 1u) << (8 - codes.unstored);
         const int shift = (int)(q * codes.bits - byte * 8);
         value |= shift >= 0 ? stored << shift : stored >> -shift;
     }
@@ -33,7 +33,7 @@ static __global__ void check_words(rbe_cu_codes codes, uint32_t fixed, uint32_t 
     if (at >= codes.rows * count) return;
     const uint32_t word = (uint32_t)codes.words[at];
     bool bad = ((word ^ constant) & fixed) != 0;
-    if (codes.field == RBE_FIELD_RBE9R)
+    if (codes.seeded)
         bad = bad || cu_idx(word) != cu_seeded_idx(codes.seed, codes.first + (uint32_t)(at / count) * codes.row_step + (uint32_t)(at % count));
     if (bad) atomicMin(first_bad, (unsigned long long)at);  // the lowest place, whatever the order
 }

@@ -57,7 +57,7 @@ const int kPaths[] = {RBE_CUDA_GATHER, RBE_CUDA_DECODE_GEMM};  // by table where
 TEST(CudaBackward, BothWaysAndEveryLayoutAgreeWithTheReference) {
     std::mt19937 random(1);
     const std::vector<std::string> kinds = {"rbe22_g64", "rbe8x2_g8", "rbe16s_g8"};
-    for (const std::string &layout : kRaces ? kinds : kLayouts) {
+    for (const std::string &layout : kRaces ? kinds : kCudaLayouts) {
         for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
             if (dtype != RBE_F32 && std::find(kinds.begin(), kinds.end(), layout) == kinds.end()) continue;
             if (kRaces && dtype == RBE_F16) continue;

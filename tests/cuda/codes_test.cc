@@ -6,7 +6,7 @@ namespace {
 
 TEST(CudaCodes, DecodedWeightsAreThoseOfTheReference) {
     std::mt19937 random(1);
-    for (const std::string &layout : kLayouts) {
+    for (const std::string &layout : kCudaLayouts) {
         for (Weight::Codes form : {Weight::kWords, Weight::kPacked}) {
             Weight weight(layout, 11, 70, random, form);
             std::vector<float> got(11 * 70), truth(11 * 70);
@@ -26,7 +26,7 @@ static __global__ void scales(rbe_cu_codes codes, float *out) {
 
 TEST(CudaCodes, ScalesAreThoseOfTheReferenceBitForBit) {
     std::mt19937 random(2);
-    for (rbe_field field : {RBE_FIELD_RBE22, RBE_FIELD_RBE32, RBE_FIELD_RBE9R}) {
+    for (rbe_field field : {RBE_FIELD_RBE22, RBE_FIELD_RBE32, RBE_FIELD_RBE9R, RBE_FIELD_RBE4R, RBE_FIELD_RBE2R}) {
         std::vector<int32_t> words(4096);
         std::vector<float> got(words.size()), amplitude(words.size());
         for (int32_t &w : words) w = (int32_t)(((uint32_t)random() & rbe_field_mask(field)) | rbe_field_constant(field));
@@ -38,6 +38,10 @@ TEST(CudaCodes, ScalesAreThoseOfTheReferenceBitForBit) {
         codes.rows = (int64_t)words.size(), codes.cols = codes.groups = 1;
         codes.stages = codes.group = 1;
         codes.field = field;
+        codes.scaled = true;
+        codes.seeded = rbe_field_seeded(field);
+        codes.unstored = rbe_field_amp_unstored(field);
+        codes.constant = rbe_field_constant(field);
         codes.rounded = true;
         for (bool with : {false, true}) {
             codes.amplitude = with ? amplitude.data() : nullptr;
@@ -52,7 +56,7 @@ TEST(CudaCodes, ScalesAreThoseOfTheReferenceBitForBit) {
 
 TEST(CudaCodes, PackedBytesAreThoseOfTheCpuAndComeBack) {
     std::mt19937 random(3);
-    for (const char *layout : {"rbe32_g8", "rbe22_g8", "rbe8x3_g4", "rbe16s_g8", "rbe9r_g7"}) {
+    for (const char *layout : {"rbe32_g8", "rbe22_g8", "rbe8x3_g4", "rbe16s_g8", "rbe9r_g7", "rbe4r_g8", "rbe2rx2_g8"}) {
         for (int64_t cols : {1, 8, 40, 61}) {
             Weight weight(layout, 7, cols, random);
             rbe_error err;
@@ -135,6 +139,38 @@ TEST(CudaCodes, SortedRowsAreStable) {
                 }
             }
             ASSERT_EQ(start[(size_t)(q * 257 + 256)], rows);
+        }
+    }
+}
+
+TEST(CudaCodes, GradientsOfADecodedWeightAreThoseOfTheCpu) {
+    std::mt19937 random(8);
+    for (const char *layout : {"rbe22_g8", "rbe8x2_g8", "rbe16s_g8", "rbe4r_g8"}) {
+        for (Weight::Codes form : {Weight::kWords, Weight::kPacked}) {
+            Weight weight(layout, 30, 45, random, form);
+            std::vector<float> dense(30 * 45), basis(weight.basis.size(), NAN), gain(30, NAN), true_basis(basis.size()), true_gain(30);
+            std::normal_distribution<float> normal;
+            for (float &d : dense) d = normal(random);
+            for (int64_t i = 0; i < 30; ++i) {  // straight from FORMAT
+                double sum = 0;
+                for (int64_t j = 0; j < 45; ++j)
+                    for (int64_t s = 0; s < weight.w.layout.stages; ++s)
+                        sum += dense[(size_t)(i * 45 + j)] * rbe_reference_code_scale(&weight.w, i, j / 8, s) * rbe_reference_code_element(&weight.w, i, j / 8, s, j % 8);
+                true_gain[(size_t)i] = (float)sum;
+                for (int64_t j = 0; j < 45; ++j) {
+                    for (int64_t s = 0; s < weight.w.layout.stages; ++s) {
+                        const uint32_t word = rbe_reference_word(&weight.w, i, j / 8, s);
+                        const bool negated = weight.w.layout.field == RBE_FIELD_RBE16S && (word >> (j % 8) & 1u);
+                        const double value = weight.gain[(size_t)i] * rbe_reference_code_scale(&weight.w, i, j / 8, s) * dense[(size_t)(i * 45 + j)];
+                        true_basis[(size_t)((s * 256 + rbe_word_idx(word)) * 8 + j % 8)] += (float)(negated ? -value : value);
+                    }
+                }
+            }
+            Device device;
+            rbe_error err;
+            ASSERT_EQ(rbe_cuda_decode_backward(&weight.w, dense.data(), basis.data(), gain.data(), &device.device, &err), RBE_OK) << err.text;
+            expect_near(gain, true_gain, kFloat32Error, layout);
+            expect_near(basis, true_basis, kFloat32Error, layout);
         }
     }
 }

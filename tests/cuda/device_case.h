@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "../c/product_case.h"
@@ -16,8 +17,16 @@ constexpr double kBfloat16Table = 2e-2;
 // Gradients by bfloat16 tables: the table's gradient is rounded once for every 16 rows of a code, and scales of random codes have a long tail.
 constexpr double kBfloat16Gradient = 4e-2;
 
+inline const std::vector<std::string> kCudaLayouts = [] {
+    std::vector<std::string> all = kLayouts;
+    for (const char *few_bits : {"rbe4r_g8", "rbe2rx2_g16"})
+        if (std::find(all.begin(), all.end(), few_bits) == all.end()) all.push_back(few_bits);
+    return all;
+}();
+
 struct Device {
-    rbe_device device{allocate, this, nullptr, 0};
+    rbe_products products{nullptr, 0};
+    rbe_device device{allocate, this, &products, nullptr, 0};
     std::vector<std::unique_ptr<char[]>> memory;
     static void *allocate(void *owner, size_t bytes) {
         auto &memory = ((Device *)owner)->memory;

@@ -31,7 +31,7 @@ const bool kRaces = false;
 TEST(CudaLinear, EveryPathAndLayoutAgreesWithTheReference) {
     std::mt19937 random(1);
     const std::vector<std::string> kinds = {"rbe22_g64", "rbe32_g16", "rbe8x2_g8", "rbe16s_g8", "rbe22x2_g3"};
-    for (const std::string &layout : kRaces ? kinds : kLayouts) {
+    for (const std::string &layout : kRaces ? kinds : kCudaLayouts) {
         for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
             if (kRaces && dtype == RBE_F16) continue;
             Product p(layout, kRaces ? 40 : 70, kRaces ? 70 : 150, 3, random, dtype, dtype == RBE_BF16 ? Weight::kPacked : Weight::kWords);
@@ -217,7 +217,8 @@ TEST(CudaLinear, RefusesWhatDoesNotFit) {
 TEST(CudaLinear, MissingMemoryIsReported) {
     std::mt19937 random(12);
     Product p("rbe22_g16", 9, 40, 3, random, RBE_F32);
-    rbe_device none = {[](void *, size_t) -> void * { return nullptr; }, nullptr, nullptr, 0};
+    rbe_products products{nullptr, 0};
+    rbe_device none = {[](void *, size_t) -> void * { return nullptr; }, nullptr, &products, nullptr, 0};
     rbe_error err;
     EXPECT_EQ(rbe_cuda_linear(&p.weight.w, &p.x.view, nullptr, &p.got.view, RBE_ACCURACY_AUTO, &none, &err), RBE_OUT_OF_MEMORY);
 }
