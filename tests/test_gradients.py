@@ -10,6 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import rbe_torch  # noqa: F401  registers the operators
 
 # Largest error over the largest entry of a gradient, against the float64 reference on the same numbers.
+WITH_HALF_ACTIVATIONS = 3e-5  # float32 gradients where x is of a half type: products of two bfloat16 pieces, 2^-16
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SCALED = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
 
@@ -65,7 +66,7 @@ def test_kernels_give_the_gradients_of_the_reference(layout, dtype):
         for name, a, b, leaf in zip(("x", "basis", "gain", "bias", "amplitude"), got, want, leaves(case), strict=False):
             assert a.dtype == leaf.dtype and a.shape == leaf.shape
             error = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)
-            tolerance = GRADIENT_TOLERANCE[dtype if a.dtype == dtype else torch.float32]
+            tolerance = GRADIENT_TOLERANCE[dtype] if a.dtype == dtype else WITH_HALF_ACTIVATIONS
             assert error < tolerance, (name, m, n, tokens, error.item())
 
 
