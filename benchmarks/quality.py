@@ -132,7 +132,7 @@ def with_moments(task: Task, bits: int, ours: bool) -> Result:
                 hessian = torch.zeros(n, n)
                 for call in visit.calls:
                     for z in walk.inputs(visit.stretch.module, call, [phase[0]])[phase[0]]:
-                        z = z[call.mask] if call.mask is not None else z.flatten(0, -2)
+                        z = z[call.mask] if call.mask is not None and z.shape[:-1] == call.mask.shape else z.flatten(0, -2)
                         hessian.addmm_(z.t(), z)
                 hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
                 factor = torch.linalg.cholesky(hessian.double().flip(0, 1)).flip(0, 1).float()
