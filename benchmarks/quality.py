@@ -106,13 +106,17 @@ def tuned(task: Task, layout: str, minutes: float) -> Result:
     return model, report.bits_per_weight, {"tuning": tuning}
 
 
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    module.weight.data = weight.t() if replace.is_conv1d(module) else weight
+
+
 def each_weight(task: Task, quantise: Callable[[Tensor], Tensor | tuple[Tensor, float]], bits: float = 0.0) -> Result:
     model = models.load_dense(task.source)
     for entry in replace.find_linears(model):
         if entry.convertible:
-            made = quantise(entry.module.weight.detach().float())
+            made = quantise(replace.dense_weight(entry.module).float().contiguous())
             made, bits = made if isinstance(made, tuple) else (made, bits)
-            entry.module.weight.data = made
+            set_weight(entry.module, made)
     return model, bits, {}
 
 
@@ -132,15 +136,15 @@ def with_moments(task: Task, bits: int, ours: bool) -> Result:
                 hessian = torch.zeros(n, n)
                 for call in visit.calls:
                     for z in walk.inputs(visit.stretch.module, call, [phase[0]])[phase[0]]:
-                        z = z[call.mask] if call.mask is not None else z.flatten(0, -2)
+                        z = z[call.mask] if call.mask is not None and z.shape[:-1] == call.mask.shape else z.flatten(0, -2)
                         hessian.addmm_(z.t(), z)
                 hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
                 factor = torch.linalg.cholesky(hessian.double().flip(0, 1)).flip(0, 1).float()
             for layer in phase:
                 module = entries[visit.stretch.full(layer)].module
-                weight = module.weight.detach()
+                weight = replace.dense_weight(module)
                 if not ours:
-                    module.weight.data = rivals.gptq(weight, factor, bits)
+                    set_weight(module, rivals.gptq(weight, factor, bits))
                     continue
                 tries = []
                 for damping in calibrate.DAMPINGS:
@@ -148,9 +152,10 @@ def with_moments(task: Task, bits: int, ours: bool) -> Result:
                     decoded = rivals.gptq(problem.target, problem.factor, bits)
                     tries.append((held.loss(weight, decoded, problem.shift_of(decoded)), damping))
                 problem = moments.problem_of(weight, fit.plus(held), min(tries)[1], True)
-                module.weight.data = rivals.gptq(problem.target, problem.factor, bits)
-                shift = problem.shift_of(module.weight.data)
-                if held.loss(weight, module.weight.data, shift) < held.loss(weight, module.weight.data, None):
+                decoded = rivals.gptq(problem.target, problem.factor, bits)
+                set_weight(module, decoded)
+                shift = problem.shift_of(decoded)
+                if held.loss(weight, decoded, shift) < held.loss(weight, decoded, None):
                     module.bias.data += shift
     return model, rivals.integer_bits(bits), {}
 
