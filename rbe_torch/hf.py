@@ -108,7 +108,7 @@ class RBEQuantizer(HfQuantizer):
             layer._parameters["basis"] = bases.setdefault(key, full.basis)
             layer._parameters["gain"] = full._parameters["gain"]
             layer._buffers.update(full._buffers)
-            layer._options, layer._dtype = full._options, dtype
+            layer._options, layer._dtype, layer._basis_seed = full._options, dtype, full._basis_seed
         for alias, name in checkpoint.manifest.aliases.items():  # those that the model's class does not tie by itself
             here, there = translate_key(model, alias), translate_key(model, name)
             if here is not None and there is not None and here[0]._parameters.get(here[1]) is not None:

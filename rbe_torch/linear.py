@@ -47,6 +47,8 @@ class RBELinear(nn.Module):
     Errors: ValueError or TypeError naming the argument.
     """
 
+    _basis_seed: int | None = None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
                  generator: torch.Generator | None = None, seed: int | None = None, basis_seed: int | None = None) -> None:
@@ -64,7 +66,7 @@ class RBELinear(nn.Module):
         self.register_buffer("packed", torch.empty(m, layout.packed_row_bytes(n), dtype=torch.uint8, device=device))
         own_basis = basis is None
         if basis_seed is not None:
-            self.register_buffer("basis_seed", torch.tensor(seed_value(basis_seed), dtype=torch.int64, device=device))
+            self.draw_basis_from(seed_value(basis_seed), device)
         if own_basis:
             basis = nn.Parameter(torch.empty(layout.basis_shape, dtype=torch.float32, device=device), requires_grad=False)
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
@@ -99,8 +101,10 @@ class RBELinear(nn.Module):
             raise ValueError("reset_parameters: the layer is in training form; call rbe_torch.finish_training(model) first")
         with torch.no_grad():
             if basis and not self.basis.is_meta:
-                drawn = self._buffers.get("basis_seed")
-                self.basis.copy_(random_basis(layout, generator) if drawn is None else seeded_basis(layout, int(drawn)))
+                drawn = self._basis_seed
+                self.basis.copy_(random_basis(layout, generator) if drawn is None else seeded_basis(layout, drawn))
+                if drawn is not None:
+                    self.basis_seed.fill_(drawn)  # after to_empty the buffer holds anything
             if not self.packed.is_meta:
                 if layout.seeded:
                     self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
@@ -180,6 +184,11 @@ class RBELinear(nn.Module):
             raise ValueError(problem)
         layer._hold_codes_for_kernels()
         return layer
+
+    def draw_basis_from(self, seed: int, device: torch.device | str | None) -> None:
+        """Says that the basis is the one that `seed` gives; the table itself is not changed."""
+        self._basis_seed = seed
+        self.register_buffer("basis_seed", torch.tensor(seed, dtype=torch.int64, device=device))
 
     def to_linear(self) -> nn.Linear:
         """An nn.Linear with the decoded weight, in the layer's dtype; the bias is shared."""
@@ -348,6 +357,8 @@ class RBELinear(nn.Module):
         self._hold_codes_for_kernels()
         if self.layout.seeded and not self.seed.is_meta:
             self._options = {**self._options, "seed": int(self.seed)}
+        if self._basis_seed is not None and not self.basis_seed.is_meta:
+            self._basis_seed = int(self.basis_seed)
         problem = self.problem()
         if problem:
             error_msgs.append(f"{where}: {problem}")

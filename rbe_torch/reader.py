@@ -90,7 +90,7 @@ class Checkpoint:
                 dtype=getattr(torch, entry.dtype),
             )
             if entry.basis_seed is not None:
-                layer.register_buffer("basis_seed", torch.tensor(entry.basis_seed, dtype=torch.int64))
+                layer.draw_basis_from(entry.basis_seed, "cpu")
             return layer
 
     def other_names(self) -> list[str]:

@@ -96,6 +96,13 @@ def test_a_layer_takes_a_seed_alone() -> None:
     assert torch.equal(lin.basis, seeded_basis("rbe22_g4", 5)) and not lin.basis.requires_grad
 
 
+def test_a_layer_made_on_the_meta_device_draws_its_basis_when_it_is_reset() -> None:
+    lin = RBELinear(16, 8, layout="rbe22_g4", basis_seed=5, device="meta").to_empty(device="cpu")
+    lin.basis_seed.fill_(-7)  # whatever the memory held
+    lin.reset_parameters()
+    assert torch.equal(lin.basis, seeded_basis("rbe22_g4", 5)) and int(lin.basis_seed) == 5
+
+
 @pytest.mark.parametrize("change, text", [
     ({"basis_seed": -1}, "basis_seed is -1"), ({"basis_seed": 2**32}, "basis_seed is 4294967296"), ({"basis_seed": "5"}, "basis_seed is '5'"),
     ({"basis_seed": 6}, "basis 0 is another layer's"), ({"basis": 1}, None),
