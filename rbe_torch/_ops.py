@@ -56,6 +56,11 @@ def isa() -> str:
     return _library.rbe_torch_isa().decode()
 
 
+def has_cuda() -> bool:
+    """Whether the library was built with CUDA kernels."""
+    return bool(_library.rbe_torch_has_cuda())
+
+
 def reads_interleaved() -> bool:
     """Whether the CPU kernels in use gain by interleaved codes (``docs/format.md``)."""
     return bool(_library.rbe_torch_reads_interleaved())

@@ -73,6 +73,14 @@ __attribute__((visibility("default"))) int rbe_torch_init(char *message, size_t 
 // For show_config(): the ISA in use, and the kernel that a product takes.
 __attribute__((visibility("default"))) const char *rbe_torch_isa(void) { return rbe_isa_name(); }
 
+__attribute__((visibility("default"))) int rbe_torch_has_cuda(void) {
+#ifdef RBE_HAVE_CUDA
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 __attribute__((visibility("default"))) int rbe_torch_reads_interleaved(void) { return rbe_reads_interleaved(); }
 
 __attribute__((visibility("default"))) int rbe_torch_describe_linear(const char *layout, int64_t rows, int64_t cols, int64_t tokens,
