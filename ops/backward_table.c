@@ -87,10 +87,11 @@ static void fill_table(const pass *s, const buffers *b, int64_t stage, int64_t c
     const rbe_kernels *kernels = s->backward->job.kernels;
     const rbe_weight *w = s->backward->job.w;
     const int64_t g = w->layout.group;
-    const int x = rbe_pieces(s->backward->job.x->dtype, false);
+    const bool fast = s->backward->job.fast;
+    const int x = rbe_pieces(s->backward->job.x->dtype, fast), whole = rbe_float_pieces(fast);
     if (s->basis && depth == g) {  // a last group that n cuts short must not meet what pads the basis
         if (stage == 0) kernels->split_cols(g, s->width, s->x + column * s->width, s->width, x, b->x);
-        kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + stage * rbe_split_size(RBE_BASIS_VECTORS, g), RBE_WHOLE, b->x,
+        kernels->gemm_split(RBE_BASIS_VECTORS, g, s->width, s->basis + stage * rbe_split_size(RBE_BASIS_VECTORS, g), whole, b->x,
                             x, b->p, s->width, false);
     } else {
         kernels->gemm(RBE_BASIS_VECTORS, depth, s->width, (const float *)w->basis + stage * RBE_BASIS_VECTORS * g, g, 1, s->x + column * s->width,
@@ -115,16 +116,17 @@ static void spread_split(const pass *s, const buffers *b, int64_t stage, int64_t
     const rbe_kernels *kernels = s->backward->job.kernels;
     const int64_t g = s->backward->job.w->layout.group;
     const uint16_t *turned = s->turned + stage * rbe_split_size(g, RBE_BASIS_VECTORS);
-    const int x = rbe_pieces(s->backward->job.x->dtype, false);
+    const bool fast = s->backward->job.fast;
+    const int x = rbe_pieces(s->backward->job.x->dtype, fast), whole = rbe_float_pieces(fast);
     for (int64_t t = 0; s->dx && t < s->width; t += STRIP) {
-        kernels->split_cols(RBE_BASIS_VECTORS, STRIP, b->p + t, s->width, RBE_WHOLE, b->dp_cols);
-        kernels->gemm_split(depth, RBE_BASIS_VECTORS, STRIP, turned, RBE_WHOLE, b->dp_cols, RBE_WHOLE, s->dx + column * s->width + t, s->width, stage > 0);
+        kernels->split_cols(RBE_BASIS_VECTORS, STRIP, b->p + t, s->width, whole, b->dp_cols);
+        kernels->gemm_split(depth, RBE_BASIS_VECTORS, STRIP, turned, whole, b->dp_cols, whole, s->dx + column * s->width + t, s->width, stage > 0);
     }
     if (!dbasis) return;
     if (stage == 0) kernels->split_cols(s->tokens, depth, s->rows + column, s->rows_stride, x, b->rows);
     for (int64_t j = 0; j < RBE_BASIS_VECTORS; j += STRIP) {
-        kernels->split_rows(STRIP, s->tokens, b->p + j * s->width, s->width, RBE_WHOLE, b->dp_rows);
-        kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, RBE_WHOLE, b->rows, x, dbasis + j * g, g, true);
+        kernels->split_rows(STRIP, s->tokens, b->p + j * s->width, s->width, whole, b->dp_rows);
+        kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, whole, b->rows, x, dbasis + j * g, g, true);
     }
 }
 

@@ -181,9 +181,16 @@ rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err) {
 rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err) {
     rbe_status status = rbe_check_codes(w, err);
     if (status != RBE_OK) return status;
-    if (!w->packed || !words)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "%s", w->packed ? "words: is NULL" : "codes: unpack takes packed bytes, not words");
+    if (w->words || !words)
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "%s", w->words ? "codes: unpack takes packed bytes, not words" : "words: is NULL");
     const int64_t count = w->groups * w->layout.stages;
+    if (w->interleaved) {
+        for (int64_t row = 0; row < w->rows; ++row) {
+            const uint8_t *in = w->interleaved + row / RBE_INTERLEAVED_ROWS * count * RBE_INTERLEAVED_ROWS + row % RBE_INTERLEAVED_ROWS;
+            for (int64_t q = 0; q < count; ++q) words[row * count + q] = (int32_t)stretch(RBE_FIELD_RBE8, in[q * RBE_INTERLEAVED_ROWS], 0);
+        }
+        return RBE_OK;
+    }
     for (int64_t row = 0; row < w->rows; ++row) {
         const uint8_t *in = w->packed + row * w->packed_stride;
         int32_t *out = words + row * count;

@@ -41,7 +41,7 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     rbe_scratch_end(mark);
 }
 
-static rbe_status check(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
+rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
     rbe_status status = rbe_check_shape(w, err);
     if (status != RBE_OK) return status;
     const rbe_layout *l = &w->layout;
@@ -75,39 +75,49 @@ static double unit_of(const rbe_weight *w) {
     return most > 0 ? ldexp(1.0, -ilogb(most)) : 1.0;
 }
 
-rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_parallel *threads, rbe_error *err) {
-    rbe_status status = check(w, dense, words, err);
-    if (status != RBE_OK) return status;
-    const int64_t g = w->layout.group, stages = w->layout.stages, size = stages * g * RBE_BASIS_VECTORS;
-    const int64_t ragged = w->cols - (w->groups - 1) * g;
+bool rbe_encoder_take(rbe_encoder *s) {
+    const int64_t vectors = (int64_t)s->w->layout.stages * RBE_BASIS_VECTORS, size = vectors * s->w->layout.group;
+    s->basis = rbe_scratch_take(size, sizeof *s->basis);
+    s->basis32 = rbe_scratch_take(size, sizeof *s->basis32);
+    s->square = rbe_scratch_take(vectors, sizeof *s->square);
+    s->square_end = rbe_scratch_take(vectors, sizeof *s->square_end);
+    s->square32 = rbe_scratch_take(vectors, sizeof *s->square32);
+    s->square_end32 = rbe_scratch_take(vectors, sizeof *s->square_end32);
+    return s->basis && s->basis32 && s->square && s->square_end && s->square32 && s->square_end32;
+}
+
+void rbe_encoder_fill(rbe_encoder *s) {
+    const rbe_weight *w = s->w;
+    const int64_t g = w->layout.group, ragged = w->cols - (w->groups - 1) * g;
     const bool sizes = w->layout.field == RBE_FIELD_RBE16S;
+    s->unit = unit_of(w);
+    for (int64_t t = 0; t < w->layout.stages; ++t) {
+        for (int64_t j = 0; j < RBE_BASIS_VECTORS; ++j) {
+            double square = 0, end = 0;
+            for (int64_t e = 0; e < g; ++e) {
+                const double b = rbe_encoder_element(s, t, j, e);
+                s->basis[(t * g + e) * RBE_BASIS_VECTORS + j] = sizes ? fabs(b) : b;
+                s->basis32[(t * g + e) * RBE_BASIS_VECTORS + j] = (float)(sizes ? fabs(b) : b);
+                square += b * b;
+                if (e < ragged) end += b * b;
+            }
+            s->square[t * RBE_BASIS_VECTORS + j] = square;
+            s->square_end[t * RBE_BASIS_VECTORS + j] = end;
+            s->square32[t * RBE_BASIS_VECTORS + j] = (float)square;
+            s->square_end32[t * RBE_BASIS_VECTORS + j] = (float)end;
+        }
+    }
+}
+
+rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_parallel *threads, rbe_error *err) {
+    rbe_status status = rbe_check_encoding(w, dense, words, err);
+    if (status != RBE_OK) return status;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    rbe_encoder s = {.w = w, .dense = dense, .words = words, .unit = unit_of(w)};
-    s.basis = rbe_scratch_take(size, sizeof *s.basis);
-    s.basis32 = rbe_scratch_take(size, sizeof *s.basis32);
-    s.square = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square);
-    s.square_end = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square_end);
-    s.square32 = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square32);
-    s.square_end32 = rbe_scratch_take(stages * RBE_BASIS_VECTORS, sizeof *s.square_end32);
-    if (!s.basis || !s.basis32 || !s.square || !s.square_end || !s.square32 || !s.square_end32) {
+    rbe_encoder s = {.w = w, .dense = dense, .words = words};
+    if (!rbe_encoder_take(&s)) {
         status = rbe_out_of_memory(err);
     } else {
-        for (int64_t t = 0; t < stages; ++t) {
-            for (int64_t j = 0; j < RBE_BASIS_VECTORS; ++j) {
-                double square = 0, end = 0;
-                for (int64_t e = 0; e < g; ++e) {
-                    const double b = rbe_encoder_element(&s, t, j, e);
-                    s.basis[(t * g + e) * RBE_BASIS_VECTORS + j] = sizes ? fabs(b) : b;
-                    s.basis32[(t * g + e) * RBE_BASIS_VECTORS + j] = (float)(sizes ? fabs(b) : b);
-                    square += b * b;
-                    if (e < ragged) end += b * b;
-                }
-                s.square[t * RBE_BASIS_VECTORS + j] = square;
-                s.square_end[t * RBE_BASIS_VECTORS + j] = end;
-                s.square32[t * RBE_BASIS_VECTORS + j] = (float)square;
-                s.square_end32[t * RBE_BASIS_VECTORS + j] = (float)end;
-            }
-        }
+        rbe_encoder_fill(&s);
         rbe_run(threads, w->rows, rbe_share(threads, w->rows, 1), encode_rows, &s);
         if (atomic_load(&s.failed)) status = rbe_out_of_memory(err);
     }

@@ -15,6 +15,7 @@
 enum {
     RBE_ENCODE_BEAM = 8,
     RBE_ENCODE_STAGES = 16,  // a layout has at most
+    RBE_ENCODE_DEPTH = 1024, // the largest group of calibrated encoding
     RBE_ENCODE_SIGNS = 8,    // elements of a group whose signs are stored (rbe16s)
 };
 
@@ -41,10 +42,20 @@ static inline double rbe_encoder_element(const rbe_encoder *s, int64_t stage, in
 uint32_t rbe_encoder_word(const rbe_encoder *s, int64_t stage, int64_t j, int64_t depth, const double *v, double dot, double square,
                           double *error);
 
+// Arguments of an encoding (encode.c).
+rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err);
+// Takes the tables of s->w's shape from scratch; false: out of memory. Fills them and the unit from s->w's basis.
+bool rbe_encoder_take(rbe_encoder *s);
+void rbe_encoder_fill(rbe_encoder *s);
+
 // The one code of a group (encode_stage.c) and its M codes (encode_stages.c). v: what to encode, depth elements; square: [M, 256], |b|^2 over
 // them; only: the idx of a seeded layout, else -1. buffer: (2 BEAM + 1) * g floats.
 uint32_t rbe_encode_stage(const rbe_encoder *s, int64_t depth, const double *v, const double *square, int only);
 void rbe_encode_stages(const rbe_encoder *s, int64_t depth, const float *v, const float *square, const int *only, float *buffer,
                        int32_t *words);
+
+// The M codes of a group of rbe16s under a metric (encode_signs.c): least |v - sum of vectors F|^2, F upper triangular [depth, depth].
+// basis: [M, 256, g] of w; v: depth elements, in units of the basis.
+void rbe_encode_signs(const rbe_weight *w, int64_t depth, const double *factor, const double *v, int32_t *words);
 
 #endif

@@ -6,6 +6,8 @@
 #include "encode.h"
 #include "encode_scale.h"
 
+static const double SLACK = 1e-12;  // what rounding may put between two errors that are one: a tie must be seen
+
 HOT static void dots64(int64_t depth, const double *v, const double *basis, double *out) {
     for (int j = 0; j < RBE_BASIS_VECTORS; ++j) out[j] = 0;
     for (int64_t e = 0; e < depth; ++e, basis += RBE_BASIS_VECTORS)
@@ -52,7 +54,7 @@ uint32_t rbe_encode_stage(const rbe_encoder *s, int64_t depth, const double *v, 
     uint32_t best = rbe_encoder_word(s, 0, first, depth, v, dot[first], square[first], &least);
     if (only >= 0) return best;
     for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
-        if (j == first || bound[j] > least) continue;
+        if (j == first || bound[j] > least + SLACK * fabs(least)) continue;
         const uint32_t word = rbe_encoder_word(s, 0, j, depth, v, dot[j], square[j], &error);
         if (error < least || (error == least && word < best)) {
             best = word;

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-typedef enum rbe_status { RBE_OK, RBE_BAD_ARGUMENT, RBE_OUT_OF_MEMORY } rbe_status;
+typedef enum rbe_status { RBE_OK, RBE_BAD_ARGUMENT, RBE_OUT_OF_MEMORY, RBE_DEVICE_FAILED } rbe_status;
 typedef struct rbe_error { char text[512]; } rbe_error;
 
 // Formats the sentence and returns the status, so that a check reads `return rbe_fail(err, RBE_BAD_ARGUMENT, "x: ...", ...)`.
@@ -115,12 +115,26 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
 // W (m x n, row-major, of type w->real) from codes.
 rbe_status rbe_decode(const rbe_weight *w, void *dense, const rbe_parallel *threads, rbe_error *err);
 
+// Gradients of rbe_decode: dense is that of W (m x n); dbasis [M, 256, g] and dgain [m] are written. Reads w->words, float32, no amplitude.
+rbe_status rbe_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_parallel *threads, rbe_error *err);
+
 // words [m, K, M] from a float32 or float64 matrix: M = 1 jointly minimises |w - gain * vector|^2 over idx and scale in float64, ties to the
 // lowest unsigned word; M > 1 searches with a beam, deterministically. Reads layout, rows, cols, groups, place, seed, basis and gain of w.
 rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_parallel *threads, rbe_error *err);
 
+// words that make tr((W - Q) H (W - Q)^T) small, Q what they decode to and H = sum of x x^T over the inputs x that the layer is to be right for:
+// group after group with the error of the earlier ones fed back (GPTQ, LDLQ), then `sweeps` of choosing every group's codes again given all others.
+typedef struct rbe_calibration {
+    const float *hessian;  // H [n, n], symmetric, positive definite
+    const float *factor;   // [n, n] upper triangular, H = factor factor^T; NULL: words holds the codes to start from
+    int sweeps;
+} rbe_calibration;
+// Reads what rbe_encode reads, float32, of whole rows (k0 = 0). words: [m, K, M].
+rbe_status rbe_encode_calibrated(const rbe_weight *w, const rbe_matrix *dense, const rbe_calibration *calibration, int32_t *words,
+                                 const rbe_parallel *threads, rbe_error *err);
+
 rbe_status rbe_pack(const rbe_weight *w, uint8_t *packed, rbe_error *err);    // from w->words; rows are ceil(K*M*bits/8) bytes
-rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err);   // from w->packed
+rbe_status rbe_unpack(const rbe_weight *w, int32_t *words, rbe_error *err);   // from w->packed or w->interleaved
 static inline int64_t rbe_packed_row_bytes(const rbe_layout *l, int64_t groups) { return (groups * l->stages * l->bits + 7) / 8; }
 
 // Packed rows of rbe8, `stride` bytes apart and `count` = K*M long, <-> interleaved; a packed result is dense.

@@ -40,8 +40,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
         globals()[name] = value
         return value
+    if name == "hyperbolic":  # a subpackage that needs the extra of its name
+        return importlib.import_module(".hyperbolic", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, "hyperbolic"})

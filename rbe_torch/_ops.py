@@ -56,6 +56,11 @@ def isa() -> str:
     return _library.rbe_torch_isa().decode()
 
 
+def has_cuda() -> bool:
+    """Whether the library was built with CUDA kernels."""
+    return bool(_library.rbe_torch_has_cuda())
+
+
 def reads_interleaved() -> bool:
     """Whether the CPU kernels in use gain by interleaved codes (``docs/format.md``)."""
     return bool(_library.rbe_torch_reads_interleaved())
@@ -112,10 +117,10 @@ def _columns(groups, *, layout, in_features, k0=0):
 def _groups(codes, layout, in_features, k0):
     """K of a shard: of words, or of packed bytes, whose padding could hold codes of a few bits that are not meant."""
     parsed = Layout.parse(layout)
-    if codes.dim() == 3 and codes.dtype == torch.uint8:
-        return codes.shape[1] // parsed.stages
     if codes.dtype == torch.int32:
         return codes.shape[1]
+    if codes.dim() == 3:  # interleaved
+        return codes.shape[1] // parsed.stages
     held = codes.shape[1] * 8 // (parsed.bits * parsed.stages)
     return held if parsed.bits * parsed.stages >= 8 else torch.sym_min(held, parsed.groups(in_features) - k0)
 
@@ -126,9 +131,17 @@ def _fake_decode(codes, basis, gain, amplitude=None, residual=None, residual_sca
     return basis.new_empty(gain.shape[0], _columns(_groups(codes, layout, in_features, k0), layout=layout, in_features=in_features, k0=k0), dtype=real)
 
 
+def _fake_decode_backward(gradient, codes, basis, gain, **_):
+    return basis.new_empty(basis.shape, dtype=torch.float32), gain.new_empty(gain.shape, dtype=torch.float32)
+
+
 def _fake_encode(weight, basis, gain, *, layout, **_):
     parsed = Layout.parse(layout)
     return weight.new_empty(weight.shape[0], (weight.shape[1] + parsed.group - 1) // parsed.group, parsed.stages, dtype=torch.int32)
+
+
+def _fake_encode_calibrated(weight, basis, gain, hessian, factor=None, codes=None, *, layout, **_):
+    return _fake_encode(weight, basis, gain, layout=layout)
 
 
 def _fake_pack(codes, *, layout, **_):
@@ -346,6 +359,12 @@ def _autocast_kernel(op, device: str, key: torch._C.DispatchKeySet, x: torch.Ten
         return op(x, *args, **keywords)
 
 
+def _on_host(op, *args, **keywords):
+    """Encoding searches on the CPU: CUDA tensors go there and the words come back."""
+    device = args[0].device
+    return op(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in args), **keywords).to(device)
+
+
 def _register_all() -> torch.library.Library:
     library = torch.library.Library("rbe", "IMPL")
     _register(library, "linear", _Linear, _TENSORS, autograd=True)
@@ -357,9 +376,12 @@ def _register_all() -> torch.library.Library:
         for name in ("linear", "linear_inference"):
             kernel = functools.partial(_autocast_kernel, getattr(_ops, name).default, device, key)
             library.impl(name, kernel, f"Autocast{device.upper()}")
+    for name in ("encode", "encode_calibrated"):
+        library.impl(name, functools.partial(_on_host, getattr(_ops, name).default), "CUDA")
     for name, fake in {
         "linear": _fake_linear, "linear_inference": _fake_linear, "linear_backward": _fake_linear_backward, "decode": _fake_decode,
-        "encode": _fake_encode, "pack": _fake_pack, "unpack": _fake_unpack, "interleave": _fake_interleave, "deinterleave": _fake_deinterleave,
+        "decode_backward": _fake_decode_backward, "encode": _fake_encode, "encode_calibrated": _fake_encode_calibrated, "pack": _fake_pack,
+        "unpack": _fake_unpack, "interleave": _fake_interleave, "deinterleave": _fake_deinterleave,
     }.items():  # fmt: skip
         torch.library.register_fake(f"rbe::{name}", fake, lib=library)
     flop_counter.register_flop_formula([_ops.linear, _ops.linear_inference])(_linear_flops)

@@ -34,19 +34,19 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike) -> None:
     tensors, manifest = pack_model(model)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **manifest.to_header()}
-    _replace_file(directory / WEIGHTS_FILE, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    replace_file(directory / WEIGHTS_FILE, lambda path: safetensors.torch.save_file(tensors, path, metadata))
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
-        _replace_file(directory / "generation_config.json", _text(generation.to_json_string()))
+        replace_file(directory / "generation_config.json", _text(generation.to_json_string()))
     config = {**(manifest.model_config or {}), "quantization_config": manifest.quantization_config()}
-    _replace_file(directory / CONFIG_FILE, _text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    replace_file(directory / CONFIG_FILE, _text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
 
 
 def _text(text: str) -> Callable[[Path], None]:
     return lambda path: Path(path).write_text(text, encoding="utf-8")
 
 
-def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Writes a temporary file beside `path`, syncs it and renames it over `path`."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:

@@ -54,6 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
         entry.add_argument("--include", action="append", metavar="REGEX", type=_regex, help="convert only layers whose name matches; may be repeated")
         entry.add_argument("--exclude", action="append", metavar="REGEX", type=_regex, help="leave alone layers whose name matches; may be repeated")
 
+    def calibration(entry: argparse.ArgumentParser) -> None:
+        entry.add_argument("--calibrate", metavar="TEXT", help="a file with a sentence or paragraph a line, of the kind the model is for: encode for what the "
+                                                               "layers do to it, far more accurate than from the weights alone")
+        entry.add_argument("--samples", type=_count, default=1024, metavar="N", help="sequences of TEXT to use, default 1024")
+
+    def budget(entry: argparse.ArgumentParser) -> None:
+        entry.add_argument("--bits", type=_positive, metavar="B", help="instead of a layout: bits a weight, each layer gets the layout that costs the model least")
+        entry.add_argument("--max-megabytes", type=_megabytes, metavar="MB", help="the same for the size of the whole model, in 10^6 bytes")
+
     entry = command("compress", "compress a model and save it", "rbe compress minilm out/minilm --layout rbe8x2_g8")
     entry.add_argument("model", metavar="MODEL")
     entry.add_argument("out", metavar="OUT", help="directory to write")
@@ -61,7 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--basis", choices=("model", "layer"), default="model", help="one basis table for the model (default) or one for each layer")
     entry.add_argument("--seed", type=_seed, default=0)
     entry.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
-    entry.add_argument("--calibrate", metavar="TEXT", help="not available in this version, which compresses from the weights alone")
+    calibration(entry)
+    entry.add_argument("--tune", type=_positive, metavar="MINUTES", help="then fit basis, gains, biases and norms to the dense model for so long; needs --calibrate")
+    entry.add_argument("--report", metavar="FILE", help="also write the report there: a page (.html) or JSON (.json)")
+    entry.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time; goes on after a kill; "
+                                                             "torchrun -m rbe_torch shares the layers among processes")
+    budget(entry)
     choose_layers(entry)
     json_option(entry)
 
@@ -73,10 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("path", metavar="PATH")
     json_option(entry)
 
-    entry = command("eval", "score a sentence encoder, dense or compressed, on sentence pairs", "rbe eval out/minilm --dense minilm --data stsb/")
+    entry = command("eval", "score a sentence encoder on sentence pairs or a language model on text, dense or compressed",
+                    "rbe eval out/minilm --dense minilm --data stsb/")
     entry.add_argument("path", metavar="PATH", help="a model directory")
-    entry.add_argument("--dense", metavar="MODEL", help="also print the mean cosine to this model's embeddings")
-    entry.add_argument("--data", metavar="FILE|DIR", help="lines of score<TAB>sentence<TAB>sentence, or a directory with STS-B; default: the project's pairs")
+    entry.add_argument("--dense", metavar="MODEL", help="the model as it was: score it too, and print the mean cosine to its embeddings")
+    entry.add_argument("--data", metavar="FILE|DIR", help="encoders: lines of score<TAB>sentence<TAB>sentence, or a directory with STS-B, default the project's "
+                                                          "pairs; language models: a text file, whose perplexity is measured")
+    entry.add_argument("--layers", action="store_true", help="also what every compressed layer's output has of the dense one's; needs --dense")
     json_option(entry)
 
     entry = command("bench", "time a dense linear layer and its compressed form side by side", "rbe bench --shape 4096x4096 --tokens 1,16 --threads 1")
@@ -88,9 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--seconds", type=_positive, default=1.0, help="of timing for each row, default 1")
     json_option(entry)
 
-    entry = command("plan", "list what a model would weigh in each layout, from its config.json alone", "rbe plan minilm")
-    entry.add_argument("model", metavar="MODEL|CONFIG", help="a model directory or a config.json")
+    entry = command("plan", "list what a model would weigh in each layout, from its config.json alone; with a budget, what each layer would get",
+                    "rbe plan minilm --bits 2.5")
+    entry.add_argument("model", metavar="MODEL|CONFIG",
+                       help="a model directory, a config.json, or the shapes of gpt2, llama-2-7b, llama-2-70b or gpt-3-175b")
     entry.add_argument("--layout", action="append", type=_layout, metavar="L", help="only these; may be repeated")
+    budget(entry)
+    calibration(entry)
+    entry.add_argument("--seed", type=_seed, default=0)
     choose_layers(entry)
     json_option(entry)
 
@@ -99,6 +121,23 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--to", choices=("dense", "pt2"), required=True, help="dense: a plain transformers directory. pt2: not available in this version")
     entry.add_argument("--out", metavar="DIR", help="default: PATH-dense")
     entry.add_argument("--force", action="store_true", help="write into DIR although it is not empty")
+
+    entry = command("train-hbbert", "train a hyperbolic BERT on (child, parent) pairs", "rbe train-hbbert --data pairs.tsv --out out/hierarchy --layout rbe8x2_g8")
+    entry.add_argument("--data", metavar="FILE|DIR", required=True, help="lines of child<TAB>parent, or a directory whose *.tsv files have them")
+    entry.add_argument("--out", metavar="OUT", required=True, help="directory to write; an interrupted run in it goes on")
+    entry.add_argument("--model", default="minilm", metavar="MODEL", help="a BERT directory, dense or compressed; default the packaged MiniLM")
+    entry.add_argument("--layout", type=_layout, metavar="L", help="compress the linear layers to this layout and train the codes; default dense")
+    entry.add_argument("--manifold", choices=("lorentz", "poincare"), default="lorentz")
+    entry.add_argument("--mode", choices=("inner", "output"), default="inner", help="inner: hyperbolic layers (default); output: BERT's mean as a point")
+    entry.add_argument("--curvature", type=_curvature, metavar="C", help="c >= 0 of the curvature -c; default 1 / hidden size; 0 is Euclidean")
+    entry.add_argument("--learn-curvature", action="store_true", help="train the curvature too")
+    entry.add_argument("--task", choices=("multi", "mixed"), default="multi", help="test on indirect pairs (default), or on held-out direct ones too")
+    entry.add_argument("--steps", type=_count, default=1000, help="default 1000")
+    entry.add_argument("--batch", type=_count, default=32, help="pairs a step, default 32")
+    entry.add_argument("--lr", type=_positive, help="default 1e-4, or 5e-4 for codes")
+    entry.add_argument("--seed", type=_seed, default=0)
+    entry.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
+    json_option(entry)
     return parser
 
 
@@ -113,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import commands
 
     try:
-        getattr(commands, f"run_{options.command}")(options)
+        getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
         sys.stdout.flush()
         return 0
     except UsageError as error:
@@ -173,6 +212,26 @@ def _shape(text: str) -> tuple[int, int]:
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape, must be OUTxIN such as 768x768")
     return _count(parts[0]), _count(parts[1])
+
+
+def _megabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+def _curvature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0")
+    return value
 
 
 def _positive(text: str) -> float:

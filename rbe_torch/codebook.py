@@ -56,11 +56,20 @@ def fit_basis(weights: Sequence[Tensor], layout: str | Layout, seed: int = 0, ti
         if problem:
             raise ValueError(f"weights[{index}]: {problem}")
     generator = torch.Generator().manual_seed(seed)
+    vectors = torch.empty(0, layout.group) if layout.seeded else sample_vectors(weights, layout.group, generator)
+    return _fit(vectors, layout, generator, tick)
+
+
+def fit_vectors(vectors: Tensor, layout: Layout, generator: torch.Generator, tick: Tick = lambda _: None) -> Tensor:
+    """The basis for group vectors [N, g] in any order, as sample_some gives them."""
+    return _fit(_shuffled(vectors, layout.group, generator), layout, generator, tick)
+
+
+def _fit(vectors: Tensor, layout: Layout, generator: torch.Generator, tick: Tick) -> Tensor:
     if layout.seeded:
         basis = _unit(torch.randn(layout.basis_shape, generator=generator))
         tick("random vectors")
         return basis.half().float()
-    vectors = sample_vectors(weights, layout.group, generator)
     if layout.has_amplitude:
         fit = _fit_lines
     elif layout.fields == "rbe16s":
@@ -92,20 +101,30 @@ def sample_vectors(weights: Sequence[Tensor], group: int, generator: torch.Gener
 
     A ragged last group is left out unless a weight has no other (then it is padded with zeros), and so are vectors that are all zero.
     """
+    sizes = sample_sizes([tuple(weight.shape) for weight in weights], group)
+    return _shuffled(torch.cat([sample_some(weight, group, wanted, generator) for weight, wanted in zip(weights, sizes, strict=True)]), group, generator)
+
+
+def sample_sizes(shapes: Sequence[tuple[int, ...]], group: int) -> list[int]:
+    """How many vectors sample_some is to draw from weights of these shapes."""
     most = max(1, min(SAMPLE_VECTORS, SAMPLE_NUMBERS // group))
-    counts = [weight.shape[0] * max(1, weight.shape[1] // group) for weight in weights]
+    counts = [m * max(1, n // group) for m, n in shapes]
     total = sum(counts)
-    parts = []
-    for weight, count in zip(weights, counts, strict=True):
-        weight = weight.detach().float()
-        m, n = weight.shape
-        full = max(1, n // group)
-        rms = weight.square().mean(1, keepdim=True).sqrt()
-        rows = (weight / rms.where(rms > 0, torch.ones_like(rms)))[:, : full * group].cpu()
-        rows = torch.nn.functional.pad(rows, (0, full * group - rows.shape[1])).reshape(m * full, group)
-        wanted = count if total <= most else max(1, round(most * count / total))
-        parts.append(rows[torch.randperm(count, generator=generator)[:wanted]])
-    vectors = torch.cat(parts)
+    return [count if total <= most else max(1, round(most * count / total)) for count in counts]
+
+
+def sample_some(weight: Tensor, group: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """`wanted` group vectors [wanted, g] of one weight [m, n]."""
+    weight = weight.detach().float()
+    m, n = weight.shape
+    full = max(1, n // group)
+    rms = weight.square().mean(1, keepdim=True).sqrt()
+    rows = (weight / rms.where(rms > 0, torch.ones_like(rms)))[:, : full * group].cpu()
+    rows = torch.nn.functional.pad(rows, (0, full * group - rows.shape[1])).reshape(m * full, group)
+    return rows[torch.randperm(m * full, generator=generator)[:wanted]]
+
+
+def _shuffled(vectors: Tensor, group: int, generator: torch.Generator) -> Tensor:
     vectors = vectors[vectors.square().sum(1) > 0]
     if len(vectors) == 0:  # every weight is zero: any table will do
         vectors = torch.randn(BASIS_VECTORS, group, generator=generator)

@@ -77,7 +77,7 @@ def is_interleaved(codes: Tensor | None) -> bool:
 
 def for_kernels(codes: Tensor | None, rows: int, layout: Layout) -> Tensor | None:
     """Packed or interleaved codes in whichever of the two forms the kernels of their device read best; rows are padded by a tenth at most."""
-    if codes is None or codes.is_meta:
+    if type(codes) is not Tensor or codes.is_meta:  # not there, or a DTensor or the like, whose shards would not be whole
         return codes
     padded = -(-rows // 64) * 64
     gains = layout.fields == "rbe8" and not layout.residual and codes.device.type == "cpu" and 10 * padded <= 11 * rows and _ops.reads_interleaved()

@@ -16,8 +16,14 @@ Row = Sequence[Any]
 
 
 def run_compress(options: argparse.Namespace) -> None:
-    if options.calibrate is not None:
-        raise UsageError("--calibrate: this version compresses from the weights alone; leave it out")
+    if options.tune is not None and options.calibrate is None:
+        raise UsageError("--tune: needs --calibrate TEXT, the text to fit the model on")
+    _check_budget(options)
+    if options.report is not None and Path(options.report).suffix not in (".html", ".json"):
+        raise UsageError(f"--report: {options.report} must end in .html or .json")
+    if options.stream:
+        _stream(options)
+        return
     from .checkpoint import save_pretrained
     from .compress import compress
     from .models import copy_companions, directory_bytes, load_dense, model_directory
@@ -25,8 +31,11 @@ def run_compress(options: argparse.Namespace) -> None:
     source, target = model_directory(options.model), Path(options.out)
     _check_target(target, options.force, source)
     model = load_dense(source)
-    report = compress(model, options.layout, options.include, options.exclude, seed=options.seed, progress=not options.quiet, basis=options.basis)
+    report = compress(model, options.layout, options.include, options.exclude, _calibration(options, model, source), options.bits, options.max_megabytes,
+                      seed=options.seed, progress=not options.quiet, basis=options.basis, tune=options.tune)
     save_pretrained(model, target)
+    if options.report is not None:
+        (report.to_html if options.report.endswith(".html") else report.to_json)(options.report)
     copy_companions(source, target)
     before, after = directory_bytes(source), directory_bytes(target)
     if options.json:
@@ -34,6 +43,30 @@ def run_compress(options: argparse.Namespace) -> None:
     else:
         print(report)
         print(f"{target}: {after / 1e6:.2f} MB, dense {before / 1e6:.2f} MB")
+
+
+def _stream(options: argparse.Namespace) -> None:
+    given = [name for name in ("tune", "bits", "max_megabytes", "report") if getattr(options, name) is not None]
+    if given or options.basis != "model":
+        raise UsageError(f"--stream: compresses in one layout with one basis, without fine-tuning; leave out --{(given or ['basis'])[0].replace('_', '-')}")
+    from .models import copy_companions, directory_bytes, model_directory
+    from .models import empty_model, load_config
+    from .stream import PARTS, compress_checkpoint
+
+    source, target = model_directory(options.model), Path(options.out)
+    if not (target / PARTS).is_dir() and int(os.environ.get("RANK", "0")) == 0:
+        _check_target(target, options.force, source)
+    batches = None if options.calibrate is None else _calibration(options, empty_model(load_config(source)), source)
+    facts = compress_checkpoint(source, target, options.layout, options.include, options.exclude, batches, options.seed, not options.quiet)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    copy_companions(source, target)
+    if options.json:
+        _print_json({**facts, "out": str(target), "dense_file_bytes": directory_bytes(source)})
+        return
+    print(f"{facts['layers']} layers, {facts['weights']:,} weights, {facts['bits_per_weight']:.3f} bits a weight; {facts['encoded']} encoded now, "
+          f"{facts['finished_before']} finished before")
+    print(f"{target}: {_mb(directory_bytes(target))}, dense {_mb(directory_bytes(source))}")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -93,31 +126,69 @@ def run_verify(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from .evaluate import embed, pair_similarity, read_pairs, spearman
-    from .models import base_model, directory_bytes, load_any, load_tokenizer, model_directory
+    from .models import load_any, load_tokenizer, model_directory
+    from .text import is_causal
 
+    if options.layers and options.dense is None:
+        raise UsageError("--layers: needs --dense MODEL, the model to compare with")
     path = model_directory(options.path)
     dense = model_directory(options.dense) if options.dense is not None else None
-    pairs = read_pairs(options.data)
-    shown = not options.quiet
     tokenizer = load_tokenizer(path if (path / "tokenizer_config.json").is_file() or dense is None else dense)
-    result = embed(base_model(load_any(path)), tokenizer, pairs.sentences, shown)
-    rows: list[dict[str, Any]] = [{"model": str(path), "file_bytes": directory_bytes(path), "spearman": spearman(pair_similarity(result), pairs.scores)}]
-    if dense is not None:
-        reference = embed(base_model(load_any(dense)), tokenizer, pairs.sentences, shown, "encode sentences, dense")
-        if reference.shape != result.shape:
-            raise ValueError(f"--dense: {dense} has embeddings of {reference.shape[1]} numbers, {path} of {result.shape[1]}; is it the same model?")
-        cosine = (result * reference).sum(1)
-        rows[0] |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
-        rows.append({"model": str(dense), "file_bytes": directory_bytes(dense), "spearman": spearman(pair_similarity(reference), pairs.scores),
-                     "cosine_mean": 1.0, "cosine_min": 1.0})
+    models = [(directory, load_any(directory)) for directory in (path, dense) if directory is not None]
+    score = _score_text if is_causal(models[0][1]) else _score_pairs
+    facts, batches = score(models, tokenizer, options)
+    if options.layers:
+        from .evaluate import layer_errors
+
+        facts["layers"] = layer_errors(models[0][1], models[1][1], batches)
+        if not options.json:
+            _print_table(("layer", "cosine", "rel. error"), [(row["name"], f"{row['cosine']:.4f}", f"{row['relative_error']:.4f}") for row in facts["layers"]])
     if options.json:
-        _print_json({"data": pairs.name, "pairs": len(pairs), "models": rows})
-        return
-    header = ("model", "MB", "Spearman") + (("cosine to dense, mean", "min") if dense is not None else ())
-    _print_table(header, [(row["model"], f"{row['file_bytes'] / 1e6:.2f}", f"{row['spearman']:.4f}",
-                           *(f"{row[key]:.4f}" for key in ("cosine_mean", "cosine_min") if key in row)) for row in rows])
-    print(f"{len(pairs)} pairs of {pairs.name}")
+        _print_json(facts)
+
+
+def _score_pairs(models: list[tuple[Path, Any]], tokenizer: Any, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Spearman and cosine of sentence encoders: facts, and batches for layer_errors. The first model is the one in question, the second the dense one."""
+    from .evaluate import embed, pair_similarity, read_pairs, spearman
+    from .models import base_model, directory_bytes
+    from .text import sentence_batches
+
+    pairs = read_pairs(options.data)
+    rows: list[dict[str, Any]] = []
+    embeddings = []
+    for directory, model in models:
+        embeddings.append(embed(base_model(model), tokenizer, pairs.sentences, not options.quiet, "encode sentences" + (", dense" if rows else "")))
+        rows.append({"model": str(directory), "file_bytes": directory_bytes(directory), "spearman": spearman(pair_similarity(embeddings[-1]), pairs.scores)})
+    if len(rows) > 1:
+        if embeddings[0].shape != embeddings[1].shape:
+            raise ValueError(f"--dense: {options.dense} has embeddings of {embeddings[1].shape[1]} numbers, {options.path} of {embeddings[0].shape[1]}; "
+                             "is it the same model?")
+        cosine = (embeddings[0] * embeddings[1]).sum(1)
+        rows[0] |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
+        rows[1] |= {"cosine_mean": 1.0, "cosine_min": 1.0}
+    if not options.json:
+        header = ("model", "MB", "Spearman") + (("cosine to dense, mean", "min") if len(rows) > 1 else ())
+        _print_table(header, [(row["model"], f"{row['file_bytes'] / 1e6:.2f}", f"{row['spearman']:.4f}",
+                               *(f"{row[key]:.4f}" for key in ("cosine_mean", "cosine_min") if key in row)) for row in rows])
+        print(f"{len(pairs)} pairs of {pairs.name}")
+    return {"data": pairs.name, "pairs": len(pairs), "models": rows}, sentence_batches(tokenizer, pairs.sentences[:256])
+
+
+def _score_text(models: list[tuple[Path, Any]], tokenizer: Any, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Perplexity of language models on a text file."""
+    from .evaluate import perplexity
+    from .models import directory_bytes
+    from .text import context_of, read_lines, text_windows
+
+    if options.data is None:
+        raise UsageError("--data: a language model is scored on text; name a text file")
+    windows = text_windows(tokenizer, "\n".join(read_lines(options.data)), context_of(models[0][1]))
+    rows = [{"model": str(directory), "file_bytes": directory_bytes(directory), "perplexity": perplexity(model, windows, not options.quiet)}
+            for directory, model in models]
+    if not options.json:
+        _print_table(("model", "MB", "perplexity"), [(row["model"], f"{row['file_bytes'] / 1e6:.2f}", f"{row['perplexity']:.3f}") for row in rows])
+        print(f"{windows.numel()} tokens of {options.data} in windows of {windows.shape[1]}")
+    return {"data": str(options.data), "tokens": windows.numel(), "context": windows.shape[1], "models": rows}, [{"input_ids": windows[:4]}]
 
 
 def run_bench(options: argparse.Namespace) -> None:
@@ -168,21 +239,67 @@ def run_bench(options: argparse.Namespace) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     from .models import PACKAGED, empty_model, load_config, model_directory
     from .plan import LAYOUTS, plan
+    from .published import PUBLISHED, published_config
 
     path = Path(options.model)
     if not path.is_file():
         path = model_directory(options.model) if path.is_dir() or options.model in PACKAGED else path
-    result = plan(empty_model(load_config(path)), tuple(options.layout or LAYOUTS), options.include, options.exclude)
+    named = not path.exists() and options.model in PUBLISHED
+    _check_budget(options)
+    if options.bits is not None or options.max_megabytes is not None:
+        _plan_budget(options, path)
+        return
+    if options.calibrate is not None:
+        raise UsageError("--calibrate: sizes alone need no text; give --bits or --max-megabytes with it")
+    result = plan(empty_model(published_config(options.model) if named else load_config(path)), tuple(options.layout or LAYOUTS), options.include, options.exclude)
     if options.json:
         _print_json({**asdict(result), "rest": result.rest})
         return
-    rows = [("dense", f"{result.dense_linears / 1e6:.2f}", f"{result.dense_model / 1e6:.2f}", f"{8 * result.dense_linears / result.weights:.3f}", "", "")]
-    rows += [(row.layout, f"{row.linears / 1e6:.2f}", f"{row.model / 1e6:.2f}", f"{row.bits_per_weight:.3f}", f"{result.dense_linears / row.linears:.1f}x",
+    unit, letters = (1e9, "GB") if result.dense_model >= 1e10 else (1e6, "MB")
+    rows = [("dense", f"{result.dense_linears / unit:.2f}", f"{result.dense_model / unit:.2f}", f"{8 * result.dense_linears / result.weights:.3f}", "", "")]
+    rows += [(row.layout, f"{row.linears / unit:.2f}", f"{row.model / unit:.2f}", f"{row.bits_per_weight:.3f}", f"{result.dense_linears / row.linears:.1f}x",
               row.purpose) for row in result.rows]
-    _print_table(("layout", "linears MB", "model MB", "bits/weight", "linears", "for"), rows, left=(0, 5))
+    _print_table(("layout", f"linears {letters}", f"model {letters}", "bits/weight", "linears", "for"), rows, left=(0, 5))
     print(f"{result.converted} layers with {result.weights:,} weights would be converted; the rest, {_mb(result.rest)}, stays as it is")
     for name, reason in result.skipped:
         print(f"  left alone: {name}: {reason}")
+
+
+def _plan_budget(options: argparse.Namespace, path: Path) -> None:
+    """What `rbe compress` with this budget would choose, and what it would choose from."""
+    from .budget import choose
+    from .models import load_dense
+    from .replace import find_linears
+    from .report import frontier_lines
+    from .walk import calls_of
+
+    if not path.is_dir():
+        raise UsageError(f"--bits, --max-megabytes: losses are measured on weights, and {path} is no model directory")
+    model = load_dense(path)
+    chosen = [entry for entry in find_linears(model, options.include, options.exclude) if entry.convertible]
+    batches = _calibration(options, model, path)
+    calls = None if batches is None else calls_of(batches, chosen[0].module.weight.device)
+    layouts = {"candidates": tuple(options.layout)} if options.layout else {}
+    choice = choose(model, chosen, calls, options.bits, options.max_megabytes, options.seed, not options.quiet, **layouts)
+    if options.json:
+        _print_json({"layouts": {name: str(layout) for name, layout in choice.layouts.items()}, "frontier": choice.frontier})
+        return
+    _print_table(("layer", "layout"), [(name, str(layout)) for name, layout in choice.layouts.items()], left=(0, 1))
+    print("mixes considered (* chosen), loss as measured layer by layer:", *frontier_lines(choice.frontier), sep="\n")
+
+
+def _check_budget(options: argparse.Namespace) -> None:
+    if options.bits is not None and options.max_megabytes is not None:
+        raise UsageError("--bits, --max-megabytes: give one of them")
+
+
+def _calibration(options: argparse.Namespace, model: Any, directory: Path) -> Any:
+    if options.calibrate is None:
+        return None
+    from .models import load_tokenizer
+    from .text import calibration_batches, read_lines
+
+    return calibration_batches(model, load_tokenizer(directory), read_lines(options.calibrate), options.samples, options.seed)
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -203,6 +320,20 @@ def run_export(options: argparse.Namespace) -> None:
     model.save_pretrained(target)
     copy_companions(source, target)
     print(f"{target}: {_mb(directory_bytes(target))}, dense")
+
+
+def run_train_hbbert(options: argparse.Namespace) -> None:
+    from .hyperbolic.command import run
+
+    facts = run(options)
+    if options.json:
+        _print_json(facts)
+        return
+    _print_table(("wrong parents", "validation F1", "test F1"),
+                 [(kind, f"{row['validation_f1']:.3f}", f"{row['test_f1']:.3f}") for kind, row in facts["f1"].items()])
+    print(f"{facts['entities']} entities, trained on {facts['trained_on']} direct pairs for {facts['steps']} steps, tested on {facts['tested_on']} held-out pairs "
+          f"with 10 wrong parents each; loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}, curvature -{facts['curvature']:.4g}")
+    print(f"{facts['out']}: model, tokenizer and the rule that accepts a pair (hierarchy.json)")
 
 
 _WEIGHT_TENSORS = ("packed", "gain", "residual", "residual_scale", "residual_right", "residual_right_scale")

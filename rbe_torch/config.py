@@ -42,9 +42,10 @@ def show_config(shapes: Iterable[tuple[str, int, int, int, torch.dtype]] = SHAPE
 
     shapes: (layout, out_features, in_features, tokens, dtype of x) of the products whose kernels to name; they are those of accuracy="auto".
     """
-    cuda: Any = "not available"
+    built = "built" if _ops.has_cuda() else "not built"
+    cuda: Any = f"no device; kernels {built}"
     if torch.cuda.is_available():
-        cuda = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        cuda = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) + f"; kernels {built}"
     return Config({
         "rbe_torch": __version__,
         "torch": torch.__version__,

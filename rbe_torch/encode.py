@@ -14,6 +14,8 @@ GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # positive fp16
 _LARGEST_SCALE = 6.0  # codes reach exp(2) - 1 = 6.39; a little room is left
 _PROBED_ROWS = 64
 _MUCH_BETTER = 0.9  # of the squared error
+_LARGER_GAINS = (1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
+_SOLVED = 1 << 22  # numbers of the blocks solved at once
 
 
 @dataclass
@@ -48,7 +50,8 @@ def encode_layer(weight: Tensor, layout: Layout, basis: Tensor | None = None, ga
     basis = fp16_values("basis", basis) if round_basis else basis
     options = {"layout": str(layout), "in_features": weight.shape[1], "seed": seed if layout.seeded else 0}
     if gain is None:
-        gain, codes = _fit_gain(weight, basis, layout, options)
+        fit = _fit_gain_to_largest if layout.residual == "int8" else _fit_gain
+        gain, codes = fit(weight, basis, layout, options)
     else:
         if tuple(gain.shape) != (weight.shape[0],) or not bool((gain > 0).all()) or not bool(torch.isfinite(gain).all()):
             raise ValueError(f"gain: has shape {tuple(gain.shape)}, must be {(weight.shape[0],)}, finite and positive")
@@ -80,6 +83,30 @@ def _fit_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> t
     best. The rows are not encoded again with that gain: in rows with a few large weights it grows towards those and the rest gets coarser, which
     lowers the squared error and still cost MiniLM 0.03-0.07 in cosine to its dense embeddings.
     """
+    gain = start_gain(weight, basis, layout, options)
+    if layout.has_amplitude:
+        return gain, torch.ops.rbe.encode(weight, basis, gain, **options)
+    return _encode_rows(weight, basis, gain, options)[:2]
+
+
+def _fit_gain_to_largest(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> tuple[Tensor, Tensor]:
+    """(gain, codes) that leave the smallest largest rest in each row, which is what sets the step of an int8 residual: in rows with a few large weights a
+    gain of several times the root mean square lets the codes reach those."""
+    plain = {**options, "layout": str(layout).partition("+")[0]}
+    gain, codes = _fit_gain(weight, basis, layout, options)
+    start, largest = gain, (weight - torch.ops.rbe.decode(codes, basis, gain, **plain)).abs().amax(1)
+    for factor in _LARGER_GAINS:
+        tried = fp16_gain(start * factor)
+        words = torch.ops.rbe.encode(weight, basis, tried, **options)
+        rest = (weight - torch.ops.rbe.decode(words, basis, tried, **plain)).abs().amax(1)
+        better = rest < largest
+        gain, largest = torch.where(better, tried, gain), torch.where(better, rest, largest)
+        codes = torch.where(better[:, None, None], words, codes)
+    return gain, codes
+
+
+def start_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> Tensor:
+    """The gain [m] at which the rows of `weight` [m, n] meet the basis: a row's root mean square, in units of the basis where it has one of its own."""
     m, n = weight.shape
     size = weight.square().mean(1).sqrt()
     # a typical vector of the reconstruction at gain 1 has this root mean square
@@ -87,13 +114,11 @@ def _fit_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> t
     if layout.has_amplitude:
         padded = torch.nn.functional.pad(weight, (0, layout.groups(n) * layout.group - n))
         largest = padded.view(m, -1, layout.group).square().mean(2).sqrt().amax(1)
-        gain = _checked_gain(torch.maximum(size / unit, largest / (unit * _LARGEST_SCALE * layout.stages**0.5)), unit)
-        return gain, torch.ops.rbe.encode(weight, basis, gain, **options)
+        return _checked_gain(torch.maximum(size / unit, largest / (unit * _LARGEST_SCALE * layout.stages**0.5)), unit)
     # fit_basis makes tables for rows of root mean square 1, whatever their unit; another table is met by its unit
     some = slice(None, None, -(-m // _PROBED_ROWS))
     one, met = (float(_encode_rows(weight[some], basis, _checked_gain(gain[some], unit), options)[2]) for gain in (size, size / unit))
-    gain, codes, _ = _encode_rows(weight, basis, _checked_gain(size / unit if met < _MUCH_BETTER * one else size, unit), options)
-    return gain, codes
+    return _checked_gain(size / unit if met < _MUCH_BETTER * one else size, unit)
 
 
 def _encode_rows(weight: Tensor, basis: Tensor, gain: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,8 +138,13 @@ def _checked_gain(gain: Tensor, unit: Tensor) -> Tensor:
     return fp16_gain(gain)
 
 
-def fit_residual(rest: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The layout's residual, encoded on what the codes leave over: rest float32 [m, n] -> tensors of Layout.residual_shapes by name."""
+def fit_residual(rest: Tensor, layout: Layout, hessian: Tensor | None = None, factor: Tensor | None = None) -> dict[str, Tensor]:
+    """The layout's residual, encoded on what the codes leave over: rest float32 [m, n] -> tensors of Layout.residual_shapes by name.
+
+    hessian H = factor factor^T [n, n], factor upper triangular: the residual makes tr((rest - residual) H (rest - residual)^T) small instead of the
+    squared error. Low rank is then the best there is before its rounding to int8 (the truncated SVD of rest factor), and sparse entries are those
+    that lower it most, with values fitted together. int8 and fp8 round either way.
+    """
     if layout.residual in ("int8", "fp8"):
         largest, dtype = (127.0, torch.int8) if layout.residual == "int8" else (448.0, torch.float8_e4m3fn)
         scale = rest.abs().amax(1) / largest
@@ -122,7 +152,9 @@ def fit_residual(rest: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"residual": (scaled.round() if dtype == torch.int8 else scaled).clamp(-largest, largest).to(dtype), "residual_scale": scale}
     if layout.rank:
         m, n = rest.shape
-        u, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        u, s, vh = torch.linalg.svd(rest if factor is None else rest @ factor, full_matrices=False)
+        if factor is not None:
+            vh = torch.linalg.solve_triangular(factor, vh[: layout.rank], upper=True, left=False)
         rank = min(layout.rank, s.numel())
         left = torch.zeros(m, layout.rank, device=rest.device)
         right = torch.zeros(layout.rank, n, device=rest.device)
@@ -133,5 +165,23 @@ def fit_residual(rest: Tensor, layout: Layout) -> dict[str, Tensor]:
             "residual": (left / torch.where(a_scale > 0, a_scale, 1)).round().to(torch.int8), "residual_scale": a_scale,
             "residual_right": (right / torch.where(b_scale > 0, b_scale, 1)[:, None]).round().to(torch.int8), "residual_right_scale": b_scale,
         }
-    columns = rest.abs().topk(layout.sparse_columns(rest.shape[1]), dim=1).indices.sort(1).values
-    return {"residual": rest.gather(1, columns).clamp(-65504, 65504).half(), "residual_right": columns.to(torch.int32)}
+    count = layout.sparse_columns(rest.shape[1])
+    if hessian is None:
+        columns = rest.abs().topk(count, dim=1).indices.sort(1).values
+        values = rest.gather(1, columns)
+    else:
+        columns, values = _sparse_under(rest, hessian, count)
+    return {"residual": values.clamp(-65504, 65504).half(), "residual_right": columns.to(torch.int32)}
+
+
+def _sparse_under(rest: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(columns, values) [m, count]: for each row the entries that lower its loss most by themselves, (rest H)_j^2 / H_jj, with the values that
+    together minimise it: H_cc values = (rest H)_c."""
+    pull = rest @ hessian
+    columns = (pull.square() / hessian.diagonal()).topk(count, dim=1).indices.sort(1).values
+    values = torch.empty(columns.shape, device=rest.device)
+    for rows in torch.arange(len(rest), device=rest.device).split(max(1, _SOLVED // count**2)):
+        chosen = columns[rows]
+        block = hessian[chosen[:, :, None], chosen[:, None, :]].double()
+        values[rows] = torch.linalg.solve(block, pull[rows].gather(1, chosen).double()).float()
+    return columns, values

@@ -1,10 +1,12 @@
-"""How well a sentence encoder does: Spearman's rank correlation with scores of sentence pairs, and cosine to another model's embeddings.
+"""How well a model does: Spearman's rank correlation of a sentence encoder with scores of sentence pairs, perplexity of a language model, and what the
+outputs of every layer have of those of another model.
 
 Sentence embeddings: mean of the last hidden states over the attention mask, divided by their length.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .linear import RBELinear
 from .progress import Progress
 
 PROJECT_PAIRS = Path(__file__).resolve().parent.parent / "benchmarks" / "pairs.tsv"
@@ -103,6 +106,51 @@ def spearman(a: Any, b: Any) -> float:
     x, y = x - x.mean(), y - y.mean()
     norm = float((x.square().sum() * y.square().sum()).sqrt())
     return float((x * y).sum()) / norm if norm > 0 else float("nan")
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, windows: Tensor, progress: bool = False, batch: int = 4) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window; windows int64 [N, context], a causal language model."""
+    device, total = next(model.parameters()).device, 0.0
+    with Progress("perplexity", len(windows), progress) as bar:
+        for part in windows.split(batch):
+            part = part.to(device)
+            scores = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(scores.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+            bar.step(len(part))
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+@torch.inference_mode()
+def layer_errors(model: nn.Module, dense: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """For every RBELinear of `model`: mean cosine over tokens, and |difference|^2 / |dense|^2, of its outputs to those of the same layer of `dense`, each
+    model on its own way through the batches."""
+    names = [name for name, module in model.named_modules() if isinstance(module, RBELinear)]
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in names}  # cosines, tokens, lost, dense
+    for batch in batches:
+        got, wanted = _outputs(model, names, batch), _outputs(dense, names, batch)
+        mask = batch.get("attention_mask")
+        for name in names:
+            a, b = got.get(name), wanted.get(name)
+            if a is None or b is None:
+                continue
+            if mask is not None and a.shape[:-1] == mask.shape:
+                a, b = a[mask.bool()], b[mask.bool()]
+            a, b = a.flatten(0, -2).double(), b.flatten(0, -2).double()
+            cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).sum()
+            sums[name] += torch.stack([cosine, torch.tensor(float(len(a))).double(), (a - b).square().sum(), b.square().sum()])
+    return [{"name": name, "cosine": float(s[0] / s[1]), "relative_error": float(s[2] / s[3])} for name, s in sums.items() if s[1] > 0]
+
+
+def _outputs(model: nn.Module, names: list[str], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    handles = [model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: found.__setitem__(name, output)) for name in names]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -150,7 +150,11 @@ def load_transformers(checkpoint: Checkpoint) -> nn.Module:
     """The transformers model of a checkpoint, every tensor in the dtype it was saved in. ValueError: a class that transformers does not have."""
     config_values = dict(checkpoint.manifest.model_config)
     name = checkpoint.manifest.model_class.rpartition(".")[2]
-    cls = getattr(transformers, name, None)
+    if checkpoint.manifest.model_class.startswith("rbe_torch.hyperbolic."):
+        from . import hyperbolic as library
+    else:
+        library = transformers
+    cls = getattr(library, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{checkpoint.file}: its model_class {checkpoint.manifest.model_class!r} is no model of transformers {transformers.__version__}; "
                          "pass an instance: load_pretrained(path, model)")

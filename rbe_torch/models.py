@@ -48,14 +48,14 @@ def is_compressed(directory: Path) -> bool:
 
 def model_class(config: Any) -> Any:
     """The class that a transformers configuration names, with its heads; AutoModel where it names none that transformers has."""
-    transformers = _transformers()
+    transformers = transformers_module()
     names = getattr(config, "architectures", None) or []
     return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
 
 
 def load_config(path: Path) -> Any:
     """The transformers configuration at `path`, a directory or a config.json."""
-    transformers = _transformers()
+    transformers = transformers_module()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; a model directory has a config.json, and models are not downloaded")
@@ -79,17 +79,24 @@ def load_any(directory: Path) -> nn.Module:
 
 
 def empty_model(config: Any) -> nn.Module:
-    """A model on the meta device: shapes and ties, no numbers."""
+    """A model on the meta device, in the dtype that its configuration names: shapes and ties, no numbers."""
     kind = model_class(config)
     config = type(config).from_dict({**config.to_dict(), "quantization_config": None}) if hasattr(config, "quantization_config") else config
-    with torch.device("meta"):
-        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    named, before = getattr(config, "dtype", None), torch.get_default_dtype()
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    try:
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    finally:
+        torch.set_default_dtype(before)
     model.tie_weights()
     return model
 
 
 def load_tokenizer(directory: Path) -> Any:
-    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return transformers_module().AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -115,7 +122,7 @@ def directory_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in directory.glob(pattern))
 
 
-def _transformers() -> Any:
+def transformers_module() -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local; a look at the network would only cost time
     try:
         import transformers

@@ -64,7 +64,7 @@ def pack_model(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
                       "size; rbe_torch.finish_training(model) rounds them", UserWarning, stacklevel=3)
     aliases = _add_others(model, layers, tensors)
     hashes = {name: digest(tensor) for name, tensor in tensors.items()}
-    return tensors, Manifest(layers, hashes, aliases, f"{type(model).__module__}.{type(model).__qualname__}", _model_config(model))
+    return tensors, Manifest(layers, hashes, aliases, f"{type(model).__module__}.{type(model).__qualname__}", model_config(model))
 
 
 def _add_others(model: nn.Module, layers: dict[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _compact(tensor: Tensor, name: str, wide: list[str]) -> Tensor:
     return full
 
 
-def _model_config(model: nn.Module) -> dict[str, Any] | None:
+def model_config(model: nn.Module) -> dict[str, Any] | None:
     """A transformers model's configuration as from_pretrained wants it; None for another model."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string") or not hasattr(config, "model_type"):

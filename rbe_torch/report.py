@@ -27,6 +27,8 @@ class LayerRow:
     residual_bytes: int = 0
     basis: int | None = None  # which of Report.bases
     relative_error: float | None = None  # |W - reconstruction|^2 / |W|^2
+    output_error: float | None = None  # calibrated: |W x - output|^2 / |W x|^2 on sequences that were not fitted, z behind compressed layers
+    damping: float | None = None  # calibrated: of X^T X, the one that the held-out sequences chose
     seconds: float | None = None
     note: str = ""  # anything else worth a line
 
@@ -53,15 +55,17 @@ class Report:
     other_bytes: int = 0  # everything else the model stores: embeddings, norms, biases, skipped layers
     seconds: float | None = None  # of the whole run
     notes: list[str] = field(default_factory=list)  # warnings that belong to the whole model
+    frontier: list[dict[str, Any]] = field(default_factory=list)  # of a budget: bytes, bits a weight and estimated loss of every mix considered
+    tuning: dict[str, Any] | None = None  # what fine-tuning did: losses before and after, steps, seconds
     _tables: list[Any] = field(default_factory=list, repr=False)
 
     def add_converted(self, name: str, layer: RBELinear, kind: str = "Linear", relative_error: float | None = None,
-                      seconds: float | None = None, note: str = "") -> LayerRow:
+                      seconds: float | None = None, note: str = "", output_error: float | None = None, damping: float | None = None) -> LayerRow:
         """Adds the row of a layer that now is `layer`; its basis is recognised by identity."""
         layout, m, n = layer.layout, layer.out_features, layer.in_features
         row = LayerRow(name, kind, m, n, str(layout), "", m * layout.packed_row_bytes(n), 2 * m,
                        layout.residual_bytes(m, n) + (8 if layout.seeded else 0), self._basis_index(layer),
-                       relative_error, seconds, note)
+                       relative_error, output_error, damping, seconds, note)
         self.rows.append(row)
         return row
 
@@ -135,7 +139,7 @@ class Report:
             "converted": len(self.converted), "skipped": len(self.skipped), "weights": self.weights,
             "bits_per_weight": self.bits_per_weight, "relative_error": self.relative_error,
             "compressed_bytes": self.compressed_bytes, "basis_bytes": self.basis_bytes, "other_bytes": self.other_bytes,
-            "float32_bytes": 4 * self.weights,
+            "float32_bytes": 4 * self.weights, "worst": [row.name for row in self.worst()], "frontier": self.frontier, "tuning": self.tuning,
         }
 
     def to_json(self, path: str | None = None) -> str:
@@ -146,26 +150,46 @@ class Report:
                 file.write(text + "\n")
         return text
 
+    def worst(self, count: int = 5) -> list[LayerRow]:
+        """The converted layers that lose most: by output error where the run was calibrated, else by relative error."""
+        def lost(row: LayerRow) -> float:
+            value = row.output_error if row.output_error is not None else row.relative_error
+            return -1.0 if value is None else value
+
+        return sorted(self.converted, key=lost, reverse=True)[:count]
+
+    def to_html(self, path: str) -> None:
+        """Writes the report as one HTML page that needs nothing else: summary, bars of every layer's error, frontier, layers left alone."""
+        from .report_page import page
+
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(self))
+
     def __str__(self) -> str:
-        table = [("layer", "shape", "layout", "bits/weight", "rel. error", "seconds")]
+        calibrated = any(row.output_error is not None for row in self.converted)
+        header = ["layer", "shape", "layout", "bits/weight", "rel. error", "output error", "seconds"]
+        table = [header if calibrated else [cell for cell in header if cell != "output error"]]
         for row in self.converted:
-            table.append((row.name, f"{row.out_features}x{row.in_features}", row.layout, f"{self.layer_bits(row):.3f}",
-                          _number(row.relative_error, ".4f"), _number(row.seconds, ".2f")))
-        width = [max(len(line[column]) for line in table) for column in range(6)]
+            cells = [row.name, f"{row.out_features}x{row.in_features}", row.layout, f"{self.layer_bits(row):.3f}", _number(row.relative_error, ".4f")]
+            cells += [_number(row.output_error, ".4f")] if calibrated else []
+            table.append([*cells, _number(row.seconds, ".2f")])
+        width = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = []
         for line in table:
-            cells = [line[c].ljust(width[c]) if c < 3 else line[c].rjust(width[c]) for c in range(6)]
+            cells = [cell.ljust(width[c]) if c < 3 else cell.rjust(width[c]) for c, cell in enumerate(line)]
             lines.append("  ".join(cells).rstrip())
         lines.insert(1, "-" * max(len(line) for line in lines))
-        lines.append(
-            f"{len(self.converted)} converted, {self.weights:,} weights: {4 * self.weights / 1e6:.2f} MB in float32, "
-            f"{self.compressed_bytes / 1e6:.2f} MB now, {self.bits_per_weight:.3f} bits a weight "
-            f"(basis {self.basis_bytes / 1e6:.3f} MB, {len(self.bases)} table{'' if len(self.bases) == 1 else 's'})"
-            + (f", relative error {self.relative_error:.4f}" if self.relative_error is not None else "")
-            + (f", {self.seconds:.1f} s" if self.seconds is not None else "")
-        )
+        lines.append(self.summary())
         if self.other_bytes:
             lines.append(f"everything else the model stores: {self.other_bytes / 1e6:.2f} MB")
+        if len(self.converted) > 1:
+            lines.append("lose most: " + ", ".join(f"{row.name} ({_number(row.output_error if calibrated else row.relative_error, '.4f')})" for row in self.worst()))
+        if self.tuning is not None:
+            lines.append(f"fine-tuning: {self.tuning['steps']} steps, {self.tuning['seconds']:.0f} s, loss on batches not trained on {self.tuning['before']:.5f} -> "
+                         f"{self.tuning['after']:.5f}" + ("" if self.tuning["kept"] else ", which is no gain: everything was put back"))
+        if self.frontier:
+            lines.append("mixes considered (* chosen), loss as measured layer by layer:")
+            lines += frontier_lines(self.frontier)
         if self.skipped:
             lines.append(f"{len(self.skipped)} left alone:")
             name = max(len(row.name) for row in self.skipped)
@@ -173,6 +197,24 @@ class Report:
         lines += [f"{row.name}: {row.note}" for row in self.converted if row.note]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One line: layers, bytes, bits a weight, relative error, seconds."""
+        return (
+            f"{len(self.converted)} converted, {self.weights:,} weights: {4 * self.weights / 1e6:.2f} MB in float32, "
+            f"{self.compressed_bytes / 1e6:.2f} MB now, {self.bits_per_weight:.3f} bits a weight "
+            f"(basis {self.basis_bytes / 1e6:.3f} MB, {len(self.bases)} table{'' if len(self.bases) == 1 else 's'})"
+            + (f", relative error {self.relative_error:.4f}" if self.relative_error is not None else "")
+            + (f", {self.seconds:.1f} s" if self.seconds is not None else "")
+        )
+
+
+def frontier_lines(frontier: list[dict[str, Any]], most: int = 12) -> list[str]:
+    """Some of the mixes, evenly spaced and with the chosen one, a line each."""
+    step = max(1, -(-len(frontier) // most))
+    shown = [row for index, row in enumerate(frontier) if index % step == 0 or index == len(frontier) - 1 or row.get("chosen")]
+    return [f"{'*' if row.get('chosen') else ' '} {row['bits_per_weight']:7.3f} bits  {row['bytes'] / 1e6:9.2f} MB  loss {row['loss']:.5g}  "
+            + ", ".join(f"{count} x {layout}" for layout, count in sorted(row["layers"].items())) for row in shown]
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 // The life of one boxed call: take the stack, run the body, free what was given, hand over the results or raise.
-#include "call.h"
+#include "device.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -29,6 +29,7 @@ void rbe_call_string(const rbe_call *call, int i, const char **text, size_t *len
 }
 
 void *rbe_call_allocate(rbe_call *call, size_t bytes) {
+    if (rbe_on_cuda(call)) return call->place.device.allocate(call, bytes ? bytes : 1);
     if (call->temporary_count == RBE_CALL_TEMPORARIES) return NULL;
     void *memory = malloc(bytes ? bytes : 1);
     if (memory) call->temporaries[call->temporary_count++] = memory;
@@ -42,7 +43,7 @@ rbe_status rbe_call_result(rbe_call *call, int dims, const int64_t *sizes, int32
         step *= sizes[d] > 0 ? sizes[d] : 1;
     }
     torch_tensor t = NULL;
-    if (torch.aoti_torch_empty_strided(dims, sizes, strides, dtype, torch.aoti_torch_device_type_cpu(), 0, &t)) {
+    if (torch.aoti_torch_empty_strided(dims, sizes, strides, dtype, call->place.type, call->place.index, &t)) {
         rbe_call_fail(call, "out of memory: torch could not allocate a result of %lld elements", (long long)step);
         return RBE_OUT_OF_MEMORY;
     }
@@ -72,7 +73,9 @@ void rbe_call_run(const char *name, const char *kinds, rbe_status (*body)(rbe_ca
     (void)outputs;
     memcpy(call.arguments, stack, inputs * sizeof *stack);
 
-    rbe_status status = body(&call);
+    rbe_status status = rbe_enter_device(&call);
+    if (status == RBE_OK) status = body(&call);
+    rbe_leave_device(&call);
 
     for (uint64_t i = 0; i < inputs; i++) free_argument(kinds[i], call.arguments[i]);
     for (int i = 0; i < call.temporary_count; i++) free(call.temporaries[i]);

@@ -52,6 +52,7 @@ rbe_status rbe_op_linear(rbe_call *call) {
     y = (rbe_matrix){NULL, x.dtype, x.rows, w.rows, w.rows, 1};
     status = rbe_call_result(call, (int)x_view.dims, shape, x_view.dtype, &y.data);
     if (status != RBE_OK) return status;
+    if (rbe_on_cuda(call)) return rbe_cuda_linear(&w, &x, bias, &y, accuracy, &call->place.device, &call->err);
     rbe_parallel threads = rbe_torch_threads();
     return rbe_linear(&w, &x, bias, &y, accuracy, &threads, &call->err);
 }
@@ -79,8 +80,8 @@ static rbe_status gradient_result(rbe_call *call, const rbe_view *of, bool wante
     return out->computed ? RBE_OK : (rbe_call_fail(call, "%s: out of memory for its gradient", of->name), RBE_OUT_OF_MEMORY);
 }
 
-static void finish_gradient(const gradient *g, rbe_dtype real) {
-    if (g->computed != g->result) rbe_store_float(g->computed, real, g->result, g->dtype, g->count);
+static rbe_status finish_gradient(rbe_call *call, const gradient *g, rbe_dtype real) {
+    return g->computed == g->result ? RBE_OK : rbe_store_float(call, g->computed, real, g->result, g->dtype, g->count);
 }
 
 rbe_status rbe_op_linear_backward(rbe_call *call) {
@@ -120,12 +121,15 @@ rbe_status rbe_op_linear_backward(rbe_call *call) {
     dx = (rbe_matrix){dx_gradient.result, x.dtype, x.rows, x.cols, x.cols, 1};
     rbe_gradients out = {.dx = dx.data ? &dx : NULL, .basis = dbasis.computed, .gain = dgain.computed, .bias = dbias.computed,
                          .amplitude = damplitude.computed};
-    rbe_parallel threads = rbe_torch_threads();
-    status = rbe_linear_backward(&w, &dy, &x, &out, &threads, &call->err);
-    if (status != RBE_OK) return status;
-    finish_gradient(&dbasis, w.real);
-    finish_gradient(&dgain, w.real);
-    finish_gradient(&dbias, w.real);
-    finish_gradient(&damplitude, w.real);
-    return RBE_OK;
+    if (rbe_on_cuda(call)) {
+        status = rbe_cuda_linear_backward(&w, &dy, &x, &out, &call->place.device, &call->err);
+    } else {
+        rbe_parallel threads = rbe_torch_threads();
+        status = rbe_linear_backward(&w, &dy, &x, &out, &threads, &call->err);
+    }
+    if (status == RBE_OK) status = finish_gradient(call, &dbasis, w.real);
+    if (status == RBE_OK) status = finish_gradient(call, &dgain, w.real);
+    if (status == RBE_OK) status = finish_gradient(call, &dbias, w.real);
+    if (status == RBE_OK) status = finish_gradient(call, &damplitude, w.real);
+    return status;
 }

@@ -23,7 +23,9 @@
 BOXED(linear, LINEAR_KINDS)
 BOXED(linear_backward, "TTTTTOOOOOO" "SIIII" "BI")
 BOXED(decode, "TTTOOOOO" "SIIII" "B")
+BOXED(decode_backward, "TTTT" "SIIII")
 BOXED(encode, "TTT" "SIIII")
+BOXED(encode_calibrated, "TTTTOO" "SIIII" "I")
 BOXED(pack, "T" "SIIII")
 BOXED(unpack, "T" "SIIII")
 BOXED(interleave, "T")
@@ -32,30 +34,37 @@ BOXED(deinterleave, "TI")
 static const struct {
     const char *name, *schema;
     torch_boxed kernel;
+    bool host;  // the CPU alone: rbe_torch/_ops.py brings CUDA tensors there and the result back
 } operators[] = {
-    {"linear", "linear" LINEAR_SCHEMA, boxed_linear},
+    {"linear", "linear" LINEAR_SCHEMA, boxed_linear, false},
     // The same product without an autograd kernel in front of it: what inference calls.
-    {"linear_inference", "linear_inference" LINEAR_SCHEMA, boxed_linear},
-    {"linear_backward", BACKWARD_SCHEMA, boxed_linear_backward},
+    {"linear_inference", "linear_inference" LINEAR_SCHEMA, boxed_linear, false},
+    {"linear_backward", BACKWARD_SCHEMA, boxed_linear_backward, false},
     {"decode", "decode(Tensor codes, Tensor basis, Tensor gain, Tensor? amplitude=None, " RESIDUALS ", *, " PLACE ", bool rounded=True) -> Tensor",
-     boxed_decode},
-    {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode},
-    {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack},
-    {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack},
-    {"interleave", "interleave(Tensor packed) -> Tensor", boxed_interleave},
-    {"deinterleave", "deinterleave(Tensor codes, int rows) -> Tensor", boxed_deinterleave},
+     boxed_decode, false},
+    {"decode_backward", "decode_backward(Tensor gradient, Tensor codes, Tensor basis, Tensor gain, *, " PLACE ") -> (Tensor dbasis, Tensor dgain)",
+     boxed_decode_backward, false},
+    {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode, true},
+    {"encode_calibrated", "encode_calibrated(Tensor weight, Tensor basis, Tensor gain, Tensor hessian, Tensor? factor=None, Tensor? codes=None, *, " PLACE
+     ", int sweeps=2) -> Tensor", boxed_encode_calibrated, true},
+    {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack, false},
+    {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack, false},
+    {"interleave", "interleave(Tensor packed) -> Tensor", boxed_interleave, false},
+    {"deinterleave", "deinterleave(Tensor codes, int rows) -> Tensor", boxed_deinterleave, false},
 };
 
 // Registers everything once a process. Returns 0, or 1 with one sentence in `message`. Called by rbe_torch/_ops.py through ctypes.
 __attribute__((visibility("default"))) int rbe_torch_init(char *message, size_t size) {
-    static torch_library definitions, kernels;  // kept for the life of the process, as torch asks
+    static torch_library definitions, kernels, cuda;  // kept for the life of the process, as torch asks
     if (definitions) return 0;
     if (!torch_abi_load(message, size)) return 1;
     torch_error failed = torch.aoti_torch_library_init_def("rbe", __FILE__, __LINE__, &definitions);
     failed |= torch.aoti_torch_library_init_impl("rbe", "CPU", __FILE__, __LINE__, &kernels);
+    failed |= torch.aoti_torch_library_init_impl("rbe", "CUDA", __FILE__, __LINE__, &cuda);
     for (size_t i = 0; !failed && i < sizeof operators / sizeof *operators; i++) {
         failed |= torch.aoti_torch_library_def(definitions, operators[i].schema);
         failed |= torch.torch_library_impl(kernels, operators[i].name, operators[i].kernel, TORCH_BUILD_VERSION);
+        if (!operators[i].host) failed |= torch.torch_library_impl(cuda, operators[i].name, operators[i].kernel, TORCH_BUILD_VERSION);
         if (failed) snprintf(message, size, "torch refused the operator rbe::%s", operators[i].name);
     }
     return failed ? 1 : 0;
@@ -63,6 +72,14 @@ __attribute__((visibility("default"))) int rbe_torch_init(char *message, size_t 
 
 // For show_config(): the ISA in use, and the kernel that a product takes.
 __attribute__((visibility("default"))) const char *rbe_torch_isa(void) { return rbe_isa_name(); }
+
+__attribute__((visibility("default"))) int rbe_torch_has_cuda(void) {
+#ifdef RBE_HAVE_CUDA
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 __attribute__((visibility("default"))) int rbe_torch_reads_interleaved(void) { return rbe_reads_interleaved(); }
 

@@ -1,16 +1,22 @@
 // Views of torch tensors and the copies that make an odd one dense.
 #include "tensor.h"
 
+#include "device.h"
+
 #include "../kernels/reference/reference.h"
 
 #include <stdio.h>
 #include <string.h>
 
 rbe_status rbe_view_of(rbe_call *call, torch_tensor t, const char *name, rbe_view *out) {
-    int32_t device = -1, layout = -1;
+    int32_t device = -1, index = -1, layout = -1;
     torch.aoti_torch_get_device_type(t, &device);
-    if (device != torch.aoti_torch_device_type_cpu()) {
-        return rbe_call_fail(call, "%s: is not on the CPU; all tensors of a call must be on one device", name);
+    torch.aoti_torch_get_device_index(t, &index);
+    if (device != call->place.type || (call->place.cuda && index != call->place.index)) {
+        char there[32];
+        snprintf(there, sizeof there, "%s", rbe_device_text(device, index));
+        return rbe_call_fail(call, "%s: is on %s; must be on %s, as all tensors of a call", name, there,
+                             rbe_device_text(call->place.type, call->place.index));
     }
     torch.aoti_torch_get_layout(t, &layout);
     if (layout != torch.aoti_torch_layout_strided()) {
@@ -94,6 +100,35 @@ static bool contiguous(const rbe_view *v) {
     return true;
 }
 
+// A view as the device's copy kernel takes it: neighbouring dimensions that continue each other are one. False: more than it takes.
+static bool strided_of(const rbe_view *v, size_t element, rbe_dtype dtype, rbe_cu_strided *out) {
+    *out = (rbe_cu_strided){.data = v->data, .element = (int32_t)element, .dtype = dtype};
+    for (int64_t d = 0; d < v->dims; d++) {
+        if (v->sizes[d] == 1) continue;
+        const int32_t last = out->dims - 1;
+        if (last >= 0 && out->strides[last] == v->strides[d] * v->sizes[d]) {
+            out->sizes[last] *= v->sizes[d];
+            out->strides[last] = v->strides[d];
+            continue;
+        }
+        if (out->dims == RBE_CU_DIMS) return false;
+        out->sizes[out->dims] = v->sizes[d];
+        out->strides[out->dims++] = v->strides[d];
+    }
+    return true;
+}
+
+// A dense copy on the device, of another float type where `convert`.
+static rbe_status copy_on_device(rbe_call *call, const rbe_view *v, size_t element, bool convert, rbe_dtype from, rbe_dtype to, void *out) {
+    if (!rbe_on_cuda(call)) return RBE_OK;
+    rbe_cu_strided strided;
+    if (!strided_of(v, element, from, &strided)) {
+        return rbe_call_fail(call, "%s: has strides of %d dimensions that cannot be merged; make it contiguous", v->name, (int)v->dims);
+    }
+    const int failed = rbe_cu_copy(&strided, convert, out, to, call->place.device.stream);
+    return failed ? (rbe_call_fail(call, "%s: could not be copied: %s", v->name, rbe_cu_error_text(failed)), RBE_DEVICE_FAILED) : RBE_OK;
+}
+
 // Walks the view in row-major order and copies elements of `element` bytes.
 static void gather(const rbe_view *v, size_t element, char *to) {
     int64_t at[64] = {0}, count = count_of(v), offset = 0;
@@ -116,8 +151,9 @@ rbe_status rbe_dense_bytes(rbe_call *call, const rbe_view *v, size_t element, co
     }
     char *copy = rbe_call_allocate(call, (size_t)count_of(v) * element);
     if (!copy) return rbe_call_fail(call, "%s: out of memory making it contiguous", v->name), RBE_OUT_OF_MEMORY;
-    gather(v, element, copy);
     *out = copy;
+    if (rbe_on_cuda(call)) return copy_on_device(call, v, element, false, RBE_F32, RBE_F32, copy);
+    gather(v, element, copy);
     return RBE_OK;
 }
 
@@ -125,6 +161,12 @@ rbe_status rbe_dense_float(rbe_call *call, const rbe_view *v, rbe_dtype real, co
     rbe_dtype dtype;
     if (!rbe_float_dtype(v->dtype, &dtype)) {
         return rbe_call_fail(call, "%s: is %s; must be float32, float64, bfloat16 or float16", v->name, rbe_torch_dtype_name(v->dtype));
+    }
+    if (rbe_on_cuda(call) && dtype != real) {
+        void *converted = rbe_call_allocate(call, (size_t)count_of(v) * rbe_dtype_size(real));
+        if (!converted) return rbe_call_fail(call, "%s: out of memory converting it", v->name), RBE_OUT_OF_MEMORY;
+        *out = converted;
+        return copy_on_device(call, v, rbe_dtype_size(dtype), true, dtype, real, converted);
     }
     const void *dense;
     rbe_status status = rbe_dense_bytes(call, v, rbe_dtype_size(dtype), &dense);
@@ -140,8 +182,14 @@ rbe_status rbe_dense_float(rbe_call *call, const rbe_view *v, rbe_dtype real, co
     return RBE_OK;
 }
 
-void rbe_store_float(const void *from, rbe_dtype real, void *to, rbe_dtype dtype, int64_t count) {
+rbe_status rbe_store_float(rbe_call *call, const void *from, rbe_dtype real, void *to, rbe_dtype dtype, int64_t count) {
+    if (rbe_on_cuda(call)) {
+        const int64_t stride = 1;
+        const rbe_view v = {.name = "a gradient", .data = from, .dims = 1, .sizes = &count, .strides = &stride};
+        return copy_on_device(call, &v, rbe_dtype_size(real), true, real, dtype, to);
+    }
     for (int64_t i = 0; i < count; i++) rbe_reference_store(to, dtype, i, rbe_reference_load(from, real, i));
+    return RBE_OK;
 }
 
 rbe_status rbe_matrix_of(rbe_call *call, const rbe_view *v, rbe_matrix *out) {

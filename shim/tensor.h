@@ -13,7 +13,7 @@ typedef struct rbe_view {
     int32_t dtype;                   // torch's number
 } rbe_view;
 
-// Refuses what is not a strided CPU tensor.
+// Refuses what is not a strided tensor on the call's device.
 rbe_status rbe_view_of(rbe_call *call, torch_tensor t, const char *name, rbe_view *out);
 
 // "float32", for messages and for sizes in bytes.
@@ -38,6 +38,6 @@ rbe_status rbe_dense_bytes(rbe_call *call, const rbe_view *v, size_t element, co
 rbe_status rbe_matrix_of(rbe_call *call, const rbe_view *v, rbe_matrix *out);
 
 // Inverse of the conversion of rbe_dense_float, for gradients: `count` numbers of `real` to `dtype`.
-void rbe_store_float(const void *from, rbe_dtype real, void *to, rbe_dtype dtype, int64_t count);
+rbe_status rbe_store_float(rbe_call *call, const void *from, rbe_dtype real, void *to, rbe_dtype dtype, int64_t count);
 
 #endif

@@ -36,6 +36,7 @@ typedef void (*torch_body)(int64_t begin, int64_t end, void *context);
     X(aoti_torch_get_dtype, torch_error, (torch_tensor t, int32_t *out))                                                              \
     X(aoti_torch_get_layout, torch_error, (torch_tensor t, int32_t *out))                                                             \
     X(aoti_torch_get_device_type, torch_error, (torch_tensor t, int32_t *out))                                                        \
+    X(aoti_torch_get_device_index, torch_error, (torch_tensor t, int32_t *out))                                                       \
     X(torch_get_const_data_ptr, torch_error, (torch_tensor t, const void **out))                                                      \
     X(torch_get_mutable_data_ptr, torch_error, (torch_tensor t, void **out))                                                          \
     X(torch_string_c_str, torch_error, (torch_string s, const char **out))                                                            \
@@ -44,6 +45,7 @@ typedef void (*torch_body)(int64_t begin, int64_t end, void *context);
     X(torch_parallel_for, torch_error, (int64_t begin, int64_t end, int64_t grain, torch_body body, void *context))                   \
     X(torch_get_num_threads, torch_error, (uint32_t *out))                                                                            \
     X(aoti_torch_device_type_cpu, int32_t, (void))                                                                                    \
+    X(aoti_torch_device_type_cuda, int32_t, (void))                                                                                   \
     X(aoti_torch_layout_strided, int32_t, (void))                                                                                     \
     X(aoti_torch_dtype_float32, int32_t, (void))                                                                                      \
     X(aoti_torch_dtype_float64, int32_t, (void))                                                                                      \

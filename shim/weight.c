@@ -195,7 +195,7 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
     if (status == RBE_OK) status = rbe_dense_float(call, &views->gain, real, &out->gain);
     if (status != RBE_OK) return status;
 
-    if (rbe_call_tensor(call, at->amplitude)) {
+    if (at->amplitude >= 0 && rbe_call_tensor(call, at->amplitude)) {
         int64_t amplitude_shape[3] = {out->rows, groups, out->layout.stages};
         views->has_amplitude = true;
         status = view_at(call, at->amplitude, "amplitude", &views->amplitude);
@@ -207,5 +207,6 @@ rbe_status rbe_bind_weight(rbe_call *call, const rbe_weight_positions *at, rbe_d
     if (!out->rounded && real != RBE_F64) {
         return rbe_call_fail(call, "rounded: was False; unrounded amplitudes need float64 tensors");
     }
-    return bind_residual(call, at->residual, out);
+    if (at->residual < 0 && out->layout.residual != RBE_RESIDUAL_NONE) return rbe_call_fail(call, "layout: has a residual; must be without one");
+    return at->residual < 0 ? RBE_OK : bind_residual(call, at->residual, out);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,11 @@ MASKS = {"rbe32": -1, "rbe22": 0x3FFFFF, "rbe8": 0x3FC00, "rbe16s": 0x3FCFF, "rb
 CONSTANTS = {"rbe9r": 7 << 18, "rbe4r": 5 << 18 | 16, "rbe2r": 5 << 18 | 64}  # the curve, and the middle of a cell of amplitudes
 BITS = {"rbe32": 32, "rbe22": 22, "rbe8": 8, "rbe16s": 16, "rbe9r": 9, "rbe4r": 4, "rbe2r": 2}
 LAYOUTS = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe16s_g8", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
+
+
+def products_check_values() -> bool:
+    """On a CUDA device they do not, because looking at values would wait for it (docs/cuda.md); pack and unpack do."""
+    return torch.get_default_device().type == "cpu" and "RBE_CUDA_ON_HOST" not in os.environ
 
 
 def split(layout: str) -> tuple[str, int, int]:
@@ -77,8 +83,19 @@ class Case:
         return self
 
 
-def make_case(layout: str = "rbe22_g8", m: int = 5, n: int = 19, tokens: tuple[int, ...] = (3,), dtype: torch.dtype = torch.float32,
-              bias: bool = True, amplitude: bool = False, seed: int = 0, rounded: bool = True) -> Case:  # fmt: skip
+def make_case(*args: Any, **keywords: Any) -> Case:
+    """The arguments of _make_case; drawn on the CPU, so that every device gets the same, and moved to torch's default device."""
+    with torch.device("cpu"):
+        case = _make_case(*args, **keywords)
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        return case
+    moved = [None if t is None else t.to(device) for t in case.tensors]
+    return Case(*moved[:6], tuple(moved[6:]), case.keywords)
+
+
+def _make_case(layout: str = "rbe22_g8", m: int = 5, n: int = 19, tokens: tuple[int, ...] = (3,), dtype: torch.dtype = torch.float32,
+               bias: bool = True, amplitude: bool = False, seed: int = 0, rounded: bool = True) -> Case:  # fmt: skip
     generator = torch.Generator().manual_seed(1000 + seed)
     name, stages, group = split(layout)
     groups = -(-n // group)

@@ -19,7 +19,7 @@ from rbe_torch.replace import find_linears
 transformers = pytest.importorskip("transformers")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-COMMANDS = ("compress", "inspect", "verify", "eval", "bench", "plan", "export")
+COMMANDS = ("compress", "inspect", "verify", "eval", "bench", "plan", "export", "train-hbbert")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def python(*arguments: object, **keywords) -> subprocess.CompletedProcess:
 
 # ---- exit status and messages -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments", [
-    [], ["train-hbbert"], ["compress"], ["compress", "a"], ["compress", "a", "b", "--layout", "rbe9"], ["compress", "a", "b", "--calibrate", "text"],
+    [], ["train-hbbert"], ["train-hbbert", "--data", "a"], ["train-hbbert", "--data", "a", "--out", "b", "--curvature", "-1"],
+    ["compress"], ["compress", "a"], ["compress", "a", "b", "--layout", "rbe9"],
     ["compress", "a", "b", "--seed", "-1"], ["compress", "a", "b", "--include", "("], ["inspect"], ["bench", "--tokens", "0"], ["bench", "--shape", "3"],
     ["export", "a", "--to", "onnx"], ["export", "a", "--to", "pt2"], ["export", "a"], ["plan", "a", "--no-such-option"],
 ])

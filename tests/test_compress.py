@@ -265,7 +265,7 @@ def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("argument", [{"calibration": [torch.zeros(1, 2)]}, {"bits": 2.0}, {"max_megabytes": 3}, {"basis": "both"}, {"seed": -1},
+@pytest.mark.parametrize("argument", [{"calibration": [torch.zeros(1, 2)]}, {"bits": 0.0}, {"max_megabytes": 1e-9}, {"tune": 1.0}, {"basis": "both"}, {"seed": -1},
                                       {"layout": "rbe8x2"}, {"include": "nothing_like_it"}])
 def test_arguments_that_cannot_be_honoured_are_refused_by_name(argument):
     model = small_net()
@@ -316,7 +316,21 @@ def test_models_of_other_dtypes_keep_them(dtype):
 def test_a_layout_that_cannot_hold_trained_weights_says_so():
     with pytest.warns(UserWarning, match=r"rbe22_g32 loses .*\(relative squared error 0\.\d+.*rbe8x2_g8"):
         report = rbe_torch.compress(nn.Sequential(nn.Linear(128, 128)), "rbe22_g32", progress=False)
-    assert report.notes and f"{report.relative_error:.3f}" in report.notes[0]
+    measured = float(report.notes[0].split("relative squared error ")[1].split(" ")[0])
+    assert measured == pytest.approx(report.relative_error, abs=0.02)
+
+
+def test_the_warning_comes_before_anything_is_run(monkeypatch):
+    def never(*_):
+        raise AssertionError("ran")
+
+    monkeypatch.setattr(RBELinear, "from_linear", never)
+    model = nn.Sequential(nn.Linear(128, 128))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="loses"):
+            rbe_torch.compress(model, "rbe22_g64", progress=False)
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_layout_that_can_does_not_warn(capfd):

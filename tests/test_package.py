@@ -37,11 +37,26 @@ def test_the_oldest_and_newer_versions_are_taken(found: str) -> None:
     in_a_fresh_process(f"import torch; torch.__version__ = {found!r}; import rbe_torch")
 
 
-@pytest.mark.parametrize("name", ["hyperbolic", "no_such_thing"])
+@pytest.mark.parametrize("name", ["no_such_thing", "linear_"])
 def test_a_name_that_is_not_there_is_an_attribute_error(name: str) -> None:
     assert not hasattr(rbe_torch, name) and name not in dir(rbe_torch) and name not in rbe_torch.__all__
     with pytest.raises(AttributeError, match=f"module 'rbe_torch' has no attribute '{name}'"):
         getattr(rbe_torch, name)
+
+
+def test_the_hyperbolic_package_is_there_and_is_imported_only_when_it_is_asked_for() -> None:
+    assert "hyperbolic" in dir(rbe_torch)
+    in_a_fresh_process("""
+import sys, rbe_torch
+assert not {"geoopt", "transformers", "rbe_torch.hyperbolic"} & set(sys.modules)
+sys.modules["geoopt"] = sys.modules["geoopt.manifolds"] = sys.modules["geoopt.manifolds.base"] = None  # as if it were not installed
+try:
+    rbe_torch.hyperbolic
+except ImportError as error:
+    assert "needs geoopt (pip install 'rbe_torch[hyperbolic]')" in str(error), error
+else:
+    raise AssertionError("imported")
+""")
 
 
 def test_every_public_name_is_there() -> None:

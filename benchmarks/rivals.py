@@ -1,0 +1,95 @@
+"""Other ways to store a weight in few bits, for benchmarks/quality.py: each takes a weight [m, n] and gives what it decodes to and the
+bits a weight it takes.
+
+round, gptq   b-bit integers with a scale and a zero point (fp16, b bits) for every 64 weights of a row; the range is the one of 20 shrinks
+of min..max that
+              loses least. gptq feeds errors forward under X^T X (Frantar et al. 2022), column after column
+nf4           the 16 quantiles of a normal distribution, a fp16 scale for every 64 weights (Dettmers et al. 2023) hqq           the package
+hqq, its optimised zero points, 64 weights a group quanto        the package optimum-quanto, its own groups (128) Nothing of this belongs
+to rbe_torch. hqq and optimum-quanto: pip install --no-deps --target DIR hqq optimum-quanto termcolor ninja; PYTHONPATH=DIR.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+NF4 = torch.tensor([-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.3379152,
+                    0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
+_SHRINKS = 20
+
+
+def grid_of(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [..., 1] of groups [..., 64]: of 20 shrinks of the range min..max, the one with the least squared error."""
+    top = 2**bits - 1
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    best = torch.full_like(low, float("inf"))
+    scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    for step in range(_SHRINKS):
+        shrink = 1 - step / (1.6 * _SHRINKS)
+        tried = ((high - low) * shrink / top).clamp(min=1e-8).half().float().clamp(min=1e-7)
+        point = (-low * shrink / tried).round().clamp(0, top)
+        error = (on_grid(groups, tried, point, bits) - groups).square().sum(-1, keepdim=True)
+        better = error < best
+        best, scale, zero = torch.where(better, error, best), torch.where(better, tried, scale), torch.where(better, point, zero)
+    return scale, zero
+
+
+def on_grid(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return scale * ((values / scale).round().add(zero).clamp(0, 2**bits - 1) - zero)
+
+
+def integer_bits(bits: int) -> float:
+    return bits + (16 + bits) / GROUP
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    groups = weight.reshape(-1, GROUP)
+    return on_grid(groups, *grid_of(groups, bits), bits).view_as(weight)
+
+
+def gptq(weight: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """weight T [m, n], factor V upper triangular with H = V V^T: column j takes (T_j + what the columns before it left, in units of V_jj)
+    to the grid."""
+    m, n = weight.shape
+    decoded, pull = torch.empty_like(weight), torch.zeros_like(weight)
+    for first in range(0, n, GROUP):
+        last = min(first + GROUP, n)
+        block = factor[first:last, first:last]
+        target = weight[:, first:last] + pull[:, first:last] / block.diagonal()
+        scale, zero = grid_of(target, bits)
+        error, here = torch.empty(m, last - first), pull[:, first:last].clone()
+        for j in range(last - first):
+            column = weight[:, first + j] + here[:, j] / block[j, j]
+            decoded[:, first + j] = on_grid(column, scale[:, 0], zero[:, 0], bits)
+            error[:, j] = weight[:, first + j] - decoded[:, first + j]
+            here[:, j + 1 :] += error[:, j : j + 1] * block[j, j + 1 :]
+        pull[:, last:] += error @ factor[first:last, last:]
+    return decoded
+
+
+def nf4(weight: Tensor) -> Tensor:
+    groups = weight.reshape(-1, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True).half().float().clamp(min=1e-8)
+    nearest = torch.bucketize(groups / scale, (NF4[1:] + NF4[:-1]) / 2)
+    return (NF4[nearest] * scale).view_as(weight)
+
+
+def hqq(weight: Tensor, bits: int) -> tuple[Tensor, float]:
+    """The package's quantiser; scale and zero point counted as fp16 each."""
+    from hqq.core.quantize import Quantizer
+
+    packed, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=GROUP, axis=1, optimize=True, compute_dtype=torch.float32, device="cpu"
+    )
+    return Quantizer.dequantize(packed, meta).float().view_as(weight), bits + 32 / GROUP
+
+
+def quanto(weight: Tensor, bits: int) -> tuple[Tensor, float]:
+    """optimum-quanto's quantiser for linear weights; its scale and shift counted as fp16 each, at its group of 128."""
+    from optimum.quanto import MaxOptimizer, qint2, qint4, quantize_weight
+
+    scale, shift = MaxOptimizer()(weight, qtype={2: qint2, 4: qint4}[bits], axis=0, group_size=128)
+    made = quantize_weight(weight, {2: qint2, 4: qint4}[bits], 0, scale, shift, 128)
+    return made.dequantize().float(), bits + 32 / 128

@@ -1,0 +1,192 @@
+"""Training an encoder on a hierarchy: names are tokenised once, a step encodes the distinct entities of its triples, and a stop loses
+nothing.
+
+A step takes `batch` (child, parent) pairs with `wrong` wrong parents each and lowers HiT's loss (scoring.py). The order of pairs, the
+wrong parents and with them the whole run follow from the seed. The learning rate rises over the first tenth of the steps and then falls
+linearly to 0.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..linear import RBELinear
+from ..train import param_groups
+from .hierarchy import Hierarchy
+from .scoring import ALPHA, BETA, hierarchy_loss
+from .tasks import Pairs, negatives
+
+CURVATURE_RATE = 1e-2  # of log(c), a number of order 1; the weights' rates would not move it
+
+
+@dataclass(frozen=True)
+class Options:
+    """steps of `batch` pairs. lr: of dense weights; RBE parameters take theirs from rbe_torch.param_groups(lr * rbe_rate). hard: share of
+    hard negatives."""
+
+    steps: int = 300
+    batch: int = 32
+    wrong: int = 4
+    lr: float = 1e-4
+    rbe_rate: float = 0.2
+    hard: float = 0.5
+    alpha: float = ALPHA
+    beta: float = BETA
+    seed: int = 0
+
+
+class Names:
+    """Token ids of every entity, int64 [entities, longest], padded. ValueError: a name in which the tokenizer knows no word (the message
+    lists some)."""
+
+    def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int = 16) -> None:
+        rows = tokenizer(list(names), truncation=True, max_length=max_length, add_special_tokens=True)["input_ids"]
+        unknown = [
+            name for name, row in zip(names, rows, strict=True) if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in row
+        ]
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:5])) + (" ..." if len(unknown) > 5 else "")
+            raise ValueError(
+                f"data: {len(unknown)} names hold characters that the model's tokenizer does not know (it reads them "
+                f"as {tokenizer.unk_token}): {shown}; spell them otherwise or use a model with another vocabulary"
+            )
+        self.lengths = torch.tensor([len(row) for row in rows])
+        self.ids = torch.full((len(rows), int(self.lengths.max())), tokenizer.pad_token_id or 0)
+        for i, row in enumerate(rows):
+            self.ids[i, : len(row)] = torch.tensor(row)
+
+    def batch(self, entities: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask) [len(entities), longest of them]."""
+        lengths = self.lengths[entities]
+        longest = int(lengths.max())
+        return self.ids[entities, :longest].to(device), (torch.arange(longest) < lengths[:, None]).long().to(device)
+
+
+    def batches(self, count: int = 16, size: int = 64, seed: int = 0, device: str = "cpu") -> list[dict[str, Tensor]]:
+        """Random names as a model is called with them: what compression is calibrated on."""
+        drawn = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(seed))[: count * size]
+        found = [self.batch(chunk, torch.device(device)) for chunk in drawn.split(size)]
+        return [{"input_ids": ids, "attention_mask": mask} for ids, mask in found]
+
+
+@torch.no_grad()
+def encode_all(model: nn.Module, names: Names, batch: int = 256) -> Tensor:
+    """Points float32 [entities, d], in eval mode; entities of equal length together."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    order = names.lengths.argsort(stable=True)
+    parts = [model(*names.batch(chunk, device)).embedding.float() for chunk in order.split(batch)]
+    model.train(training)
+    points = torch.cat(parts)
+    return torch.empty_like(points).index_copy_(0, order.to(device), points)
+
+
+def optimiser_of(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """AdamW without decay: dense weights at lr, the format's parameters at their own rates, log(c) at CURVATURE_RATE."""
+    coded = any(isinstance(module, RBELinear) and module.training_form for module in model.modules())
+    curvature = [p for name, p in model.named_parameters() if name.endswith("log_c") and p.requires_grad]
+    own = {id(p) for p in curvature}
+    groups = param_groups(model, options.lr)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        group["lr"] *= options.rbe_rate if coded and group["name"] in ("amplitude", "basis") else 1.0
+    if curvature:
+        groups.append({"name": "curvature", "params": curvature, "lr": CURVATURE_RATE})
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def train(
+    model: nn.Module,
+    names: Names,
+    hierarchy: Hierarchy,
+    pairs: Pairs,
+    options: Options,
+    checkpoint: str | os.PathLike | None = None,
+    every: float = 60.0,
+    report: Callable[[int, float], None] | None = None,
+    stop_at: int | None = None,
+) -> list[float]:
+    """Trains `model` in place and returns the loss of every step.
+
+    checkpoint: a file written every `every` seconds and after the last step; if it is there the run goes on where it stopped, to the same
+    end. stop_at: leave after this step, as an interruption would. ValueError: the checkpoint is of a run with other options or pairs, or
+    the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    optimiser = optimiser_of(model, options)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    identity = {**asdict(options), "pairs": len(pairs), "entities": len(hierarchy.names)}
+    losses: list[float] = []
+    if checkpoint is not None and Path(checkpoint).is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["identity"] != identity:
+            differing = {key: (state["identity"].get(key), value) for key, value in identity.items() if state["identity"].get(key) != value}
+            raise ValueError(
+                f"checkpoint: {checkpoint} is of a run with other settings ({differing}: there, here); delete it to start again"
+            )
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        losses = state["losses"]
+        torch.set_rng_state(state["rng"].cpu())
+    hard, easy = round(options.hard * options.wrong), options.wrong - round(options.hard * options.wrong)
+    saved = time.monotonic()
+    model.train()
+    for step in range(len(losses), options.steps if stop_at is None else min(stop_at, options.steps)):
+        generator = random.Random(options.seed * 1_000_003 + step)  # of the step alone: a resumed run draws the same
+        chosen = generator.choices(pairs, k=options.batch)
+        wrong = np.concatenate(
+            [
+                negatives(hierarchy, chosen, kind, count, generator.randrange(2**31))
+                for kind, count in (("hard", hard), ("random", easy))
+                if count
+            ],
+            1,
+        )
+        triples = torch.from_numpy(np.concatenate([np.array(chosen, dtype=np.int64), wrong], 1))
+        entities, place = triples.unique(return_inverse=True)
+        factor = min((step + 1) / max(1, options.steps // 10), (options.steps - step) / max(1, options.steps - options.steps // 10))
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        points = model(*names.batch(entities, device)).embedding[place.to(device)]
+        loss = hierarchy_loss(model.manifold, points[:, 0], points[:, 1], points[:, 2:], options.alpha, options.beta)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if not np.isfinite(losses[-1]):
+            raise ValueError(f"lr: the loss of step {step + 1} is {losses[-1]}; the run diverged at lr={options.lr}, use a smaller one")
+        if report is not None:
+            report(step + 1, losses[-1])
+        if checkpoint is not None and (time.monotonic() - saved > every or step + 1 == options.steps or step + 1 == stop_at):
+            _save(
+                Path(checkpoint),
+                {
+                    "identity": identity,
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "losses": losses,
+                    "rng": torch.get_rng_state(),
+                },
+            )
+            saved = time.monotonic()
+    model.eval()
+    return losses
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Written beside `path` and renamed over it: a kill leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)

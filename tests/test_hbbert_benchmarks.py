@@ -1,0 +1,87 @@
+"""The Hb-BERT benchmarks, in small. Risks: a script that does not run on another WordNet, model or folder, a finished row measured again,
+JSON without the losses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("geoopt")
+transformers = pytest.importorskip("transformers", minversion="5")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a WordNet of 121 nouns, a tiny BERT that spells them, and an SST-2 of a few sentences."""
+    folder = tmp_path_factory.mktemp("inputs")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    (folder / "bert").mkdir()
+    (folder / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=len(words), max_position_embeddings=64
+    )
+    transformers.BertModel(config).save_pretrained(folder / "bert")
+    transformers.BertTokenizerFast(str(folder / "bert" / "vocab.txt")).save_pretrained(folder / "bert")
+    lines, level = ["00000001 03 n 01 r 0 000 | root"], [("r", 1)]
+    for _ in range(4):
+        level = [(f"{name}_{LETTERS[i]}", 10 * number + i + 1) for name, number in level for i in range(3)]
+        lines += [f"{number:08d} 03 n 01 {name} 0 001 @ {number // 10:08d} n 0000 | a noun" for name, number in level]
+    (folder / "wordnet").mkdir()
+    (folder / "wordnet" / "data.noun").write_text("\n".join(lines) + "\n")
+    (folder / "sst2").mkdir()
+    for part in ("train", "dev"):
+        rows = "".join(f"{i % 2}\t{'a good b' if i % 2 else 'c bad d'}\n" for i in range(40))
+        (folder / "sst2" / f"{part}.tsv").write_text("label\tcontent\n" + rows)
+    return folder
+
+
+def script(name: str, folder: Path, out: Path, *more: object) -> subprocess.CompletedProcess:
+    fixed = ["--wordnet", folder / "wordnet", "--model", folder / "bert", "--below", "r", "--out", out]
+    fixed += ["--device", "cpu", "--steps", 4, "--batch", 4]
+    command = [sys.executable, "-W", "ignore", BENCHMARKS / name, *fixed, *more]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
+    done = script("hbbert.py", inputs, tmp_path, "--only", "ours")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "hbbert_reduced.json").read_text())
+    assert [row["codes"] for row in facts["rows"]] == ["dense", "2 bits", "rbe22_g64"] and facts["entities"] == 121
+    for row in facts["rows"]:
+        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"} and row["loss"] and row["cpu_seconds"] > 0
+    again = script("hbbert.py", inputs, tmp_path, "--only", "ours")
+    assert json.loads((tmp_path / "hbbert_reduced.json").read_text()) == facts, again.stderr
+    assert script("hbbert.py", inputs, tmp_path, "--only", "dense").returncode == 0
+    drawn = script("hbbert_pictures.py", inputs, tmp_path, "--tree", "r a")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "hbbert_disk.png").stat().st_size > 10_000 and (tmp_path / "hbbert_norms.png").stat().st_size > 5_000
+
+
+def test_the_full_benchmark_trains_for_each_setting(inputs, tmp_path):
+    done = script("hbbert.py", inputs, tmp_path, "--only", "hit dense", "--full")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "hbbert_full.json").read_text())["rows"]
+    assert len(rows) == 1 and len(rows[0]["loss"]) == 4
+
+
+def test_the_accuracies_kept_are_of_all_stages(inputs, tmp_path):
+    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "inner", "--controls")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "hbbert_kept.json").read_text())["results"]
+    for task in ("sst2", "hierarchy"):
+        assert {"dense", "PTQ", "QAT", "QAT + fine-tuning"} <= set(results[task]["stages"])
+    assert "claimed" in done.stdout
+
+
+def test_a_word_that_wordnet_has_not_is_named(inputs, tmp_path):
+    done = script("hbbert.py", inputs, tmp_path, "--below", "unicorn")
+    assert done.returncode == 1 and "WordNet has no noun 'unicorn'" in done.stderr
