@@ -29,7 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
-from rivals import BlockSparse, LittleBit, LowRank, Quantised  # noqa: E402
+from small_layers import BlockSparse, LittleBit, LowRank, Quantised  # noqa: E402
 
 import rbe_torch  # noqa: E402
 
