@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 CELLS = {"rbe4r": 8, "rbe2r": 2}  # of |a|; the code is in the middle of one
-EXP_CURVE = 14  # cat 1, sub 3, deriv 0
 LARGEST_U = 1.0 - 2.0**-18
 
 
