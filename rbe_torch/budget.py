@@ -138,7 +138,7 @@ def frontier(options: dict[str, list[Option]]) -> list[Mix]:
     for name, entries in options.items():
         hull = convex_hull(entries)
         mix[name] = hull[0]
-        steps += [((before.loss - after.loss) / (after.bytes - before.bytes), name, after) for before, after in zip(hull, hull[1:])]
+        steps += [((before.loss - after.loss) / (after.bytes - before.bytes), name, after) for before, after in zip(hull, hull[1:], strict=False)]
     mixes = [dict(mix)]
     for _, name, option in sorted(steps, key=lambda step: (-step[0], step[1])):
         mix[name] = option

@@ -8,7 +8,7 @@ error as in GPTAQ (Li et al. 2025), alternation of codes and scales as in AQLM (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any

@@ -35,12 +35,13 @@ struct Backward {
     void check(const std::string &what) {
         const std::vector<char> before = got.dx.surroundings();
         run();
-        if (got.out.dx) expect_near(got.dx, truth.dx, kFloat32Error, what + " dx");
-        if (got.out.basis) expect_near(got.basis, truth.basis, kFloat32Error, what + " dbasis");
-        if (got.out.gain) expect_near(got.gain, truth.gain, kFloat32Error, what + " dgain");
-        if (got.out.bias) expect_near(got.bias, truth.bias, kFloat32Error, what + " dbias");
-        if (got.out.scale) expect_near(got.scale, truth.scale, kFloat32Error, what + " dscale");
-        if (got.out.amplitude) expect_near(got.amplitude, truth.amplitude, kFloat32Error, what + " damplitude");
+        const double error = x.view.dtype == RBE_F32 ? kFloat32Error : kHalfGradientError;
+        if (got.out.dx) expect_near(got.dx, truth.dx, error, what + " dx");
+        if (got.out.basis) expect_near(got.basis, truth.basis, error, what + " dbasis");
+        if (got.out.gain) expect_near(got.gain, truth.gain, error, what + " dgain");
+        if (got.out.bias) expect_near(got.bias, truth.bias, error, what + " dbias");
+        if (got.out.scale) expect_near(got.scale, truth.scale, error, what + " dscale");
+        if (got.out.amplitude) expect_near(got.amplitude, truth.amplitude, error, what + " damplitude");
         ASSERT_EQ(before, got.dx.surroundings()) << what << ": wrote outside dx";
     }
 };
