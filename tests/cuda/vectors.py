@@ -17,6 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from operator_cases import make_case
 
+import rbe_torch  # noqa: F401  registers the operators
+
 LAYOUTS = ["rbe22_g64", "rbe22_g128", "rbe32_g16", "rbe9r_g16", "rbe8x2_g8", "rbe16s_g8", "rbe8x2_g8+int8", "rbe22_g16+lr3"]
 # Largest difference over the largest value: the same roundings in another order of sums, and cuBLASLt's.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 4e-3}
