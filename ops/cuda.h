@@ -1,7 +1,7 @@
 // The products on a CUDA device: as rbe.h, every pointer of a weight or matrix on the device, nothing waits for it.
 //
-// Values are not checked, because looking at them would wait for the device: codes of any content are safe to read (launch.h), a gain that is not
-// finite gives rows that are not finite. rbe_cuda_pack and rbe_cuda_unpack do check, and wait.
+// Values are not checked, because looking at them would wait for the device: codes of any content are safe to read (launch.h), a gain that
+// is not finite gives rows that are not finite. rbe_cuda_pack and rbe_cuda_unpack do check, and wait.
 #ifndef RBE_OPS_CUDA_H
 #define RBE_OPS_CUDA_H
 
@@ -32,11 +32,14 @@ rbe_status rbe_cuda_linear(const rbe_weight *w, const rbe_matrix *x, const void 
 rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
                                     const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *device, rbe_error *err);
-rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device, rbe_error *err);
+rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device,
+                                    rbe_error *err);
 rbe_status rbe_cuda_pack(const rbe_weight *w, uint8_t *packed, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_unpack(const rbe_weight *w, int32_t *words, const rbe_device *device, rbe_error *err);
-rbe_status rbe_cuda_interleave(const uint8_t *packed, int64_t rows, int64_t count, uint8_t *interleaved, const rbe_device *device, rbe_error *err);
-rbe_status rbe_cuda_deinterleave(const uint8_t *interleaved, int64_t rows, int64_t count, uint8_t *packed, const rbe_device *device, rbe_error *err);
+rbe_status rbe_cuda_interleave(const uint8_t *packed, int64_t rows, int64_t count, uint8_t *interleaved, const rbe_device *device,
+                               rbe_error *err);
+rbe_status rbe_cuda_deinterleave(const uint8_t *interleaved, int64_t rows, int64_t count, uint8_t *packed, const rbe_device *device,
+                                 rbe_error *err);
 
 // Which path a product takes, by a cost model of operations and bytes (docs/cuda.md); its constants are estimates, not measurements.
 typedef enum rbe_cuda_path {
@@ -49,7 +52,8 @@ typedef enum rbe_cuda_path {
 } rbe_cuda_path;
 rbe_cuda_path rbe_cuda_plan(const rbe_layout *layout, rbe_dtype x, int64_t rows, int64_t cols, int64_t tokens);
 bool rbe_cuda_plan_backward_table(const rbe_layout *layout, rbe_dtype x, int64_t rows, int64_t cols, int64_t tokens);
-// For tests: an rbe_cuda_path where the layout has it (-1: as planned), and the bytes that a product cut into pieces takes at a time (0: 128 MiB).
+// For tests: an rbe_cuda_path where the layout has it (-1: as planned), and the bytes that a product cut into pieces takes at a time (0:
+// 128 MiB).
 void rbe_cuda_use_path(int path);
 void rbe_cuda_use_workspace(int64_t bytes);
 

@@ -50,6 +50,7 @@ rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, c
     const bool by_table = rbe_cuda_plan_backward_table(&w->layout, x->dtype, w->rows, w->cols, x->rows);
     RBE_TRY(by_table ? rbe_cuda_backward_by_table(&b, err) : rbe_cuda_backward_dense(&b, err));
     if (!wants_d) return RBE_OK;
-    RBE_LAUNCH(rbe_cu_finish_codes(&bound.codes, b.d, b.scale, bound.pitch, w->gain, out->gain, out->scale, out->amplitude, device->stream), err);
+    RBE_LAUNCH(rbe_cu_finish_codes(&bound.codes, b.d, b.scale, bound.pitch, w->gain, out->gain, out->scale, out->amplitude, device->stream),
+               err);
     return RBE_OK;
 }

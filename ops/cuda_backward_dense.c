@@ -64,7 +64,8 @@ static rbe_status run(pass *p, int64_t i, int64_t rows, rbe_error *err) {
     if (b->d) RBE_LAUNCH(rbe_cu_dense_d(&some.codes, p->dw, w->basis, (char *)b->d + (size_t)i * real, b->w->pitch, stream), err);
     if (!p->partial) return RBE_OK;
     RBE_LAUNCH(rbe_cu_sort(b->idx + i, b->w->pitch, rows, b->w->count, p->order, p->start, stream), err);
-    RBE_LAUNCH(rbe_cu_dense_basis(&some.codes, p->dw, p->order, p->start, scale, b->w->pitch, gain, i > 0, p->splits, p->partial, stream), err);
+    RBE_LAUNCH(rbe_cu_dense_basis(&some.codes, p->dw, p->order, p->start, scale, b->w->pitch, gain, i > 0, p->splits, p->partial, stream),
+               err);
     return RBE_OK;
 }
 
@@ -75,8 +76,8 @@ rbe_status rbe_cuda_backward_dense(const rbe_cuda_backward *b, rbe_error *err) {
     RBE_TRY(prepare(b, &piece, &p, err));
     for (int64_t i = 0; i < w->rows; i += piece) RBE_TRY(run(&p, i, rbe_cuda_smaller(piece, w->rows - i), err));
     if (p.partial)
-        RBE_LAUNCH(rbe_cu_sum_splits(p.partial, w->real, p.splits, (int64_t)w->layout.stages * RBE_BASIS_VECTORS * w->layout.group, b->out->basis,
-                                     b->device->stream),
+        RBE_LAUNCH(rbe_cu_sum_splits(p.partial, w->real, p.splits, (int64_t)w->layout.stages * RBE_BASIS_VECTORS * w->layout.group,
+                                     b->out->basis, b->device->stream),
                    err);
     if (b->out->dx && p.dx.dtype != b->x->dtype) {
         const rbe_cu_matrix wanted = {b->out->dx->data, b->x->dtype, b->x->rows, w->cols, w->cols};

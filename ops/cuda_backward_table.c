@@ -1,5 +1,6 @@
-// Backward by table: rows sorted by code; for a run of tokens the table by cuBLASLt, then d and the table's gradient in one pass over the codes,
-// then dx and dbasis by cuBLASLt. bfloat16 keeps its tables in bfloat16; float16, whose range is narrow, in float32 with TF32 products.
+// Backward by table: rows sorted by code; for a run of tokens the table by cuBLASLt, then d and the table's gradient in one pass over the
+// codes, then dx and dbasis by cuBLASLt. bfloat16 keeps its tables in bfloat16; float16, whose range is narrow, in float32 with TF32
+// products.
 #include "cuda_backward.h"
 
 typedef struct pass {
@@ -20,8 +21,11 @@ static rbe_status prepare(const rbe_cuda_backward *b, int64_t *piece, pass *p, r
     const int64_t size = (int64_t)rbe_cuda_bytes(type), each = (2 * count * RBE_BASIS_VECTORS + w->rows) * size;
     const int64_t most = 2 * rbe_cuda_workspace() / each / 64 * 64;
     *piece = rbe_cuda_smaller(rbe_cuda_up(b->x->rows, 8), most > 64 ? most : 64);
-    *p = (pass){.b = b, .d = b->d,
-                .table = {.layout = &w->layout, .cols = w->cols, .pitch_t = *piece, .dtype = type, .basis = w->basis, .tf32 = b->x->dtype == RBE_F16}};
+    *p = (pass){
+        .b = b,
+        .d = b->d,
+        .table = {
+            .layout = &w->layout, .cols = w->cols, .pitch_t = *piece, .dtype = type, .basis = w->basis, .tf32 = b->x->dtype == RBE_F16}};
     RBE_TRY(rbe_cuda_dense(b->x, type, device, &p->x, err));
     RBE_TRY(rbe_cuda_dense(b->dy, type, device, &p->dy, err));
     RBE_TRY(rbe_cuda_take(device, count * w->rows, sizeof *p->order, &p->order, err));
@@ -63,8 +67,8 @@ static rbe_status run(pass *p, int64_t t, int64_t tokens, rbe_error *err) {
     p->table.tokens = tokens;
     RBE_TRY(rbe_cuda_make_table(&p->table, &x, p->made, b->device, err));
     RBE_LAUNCH(rbe_cu_transpose(&dy, &turned, b->device->stream), err);
-    RBE_LAUNCH(rbe_cu_backward_table(p->order, p->start, b->scale, b->w->pitch, w->gain, w->rows, b->w->count, p->table.dtype, p->turned, p->made,
-                                     p->gradient, tokens, p->table.pitch_t, t > 0, p->d, b->device->stream),
+    RBE_LAUNCH(rbe_cu_backward_table(p->order, p->start, b->scale, b->w->pitch, w->gain, w->rows, b->w->count, p->table.dtype, p->turned,
+                                     p->made, p->gradient, tokens, p->table.pitch_t, t > 0, p->d, b->device->stream),
                err);
     if (b->out->dx) {
         const rbe_cu_matrix dx = tokens_of(&p->dx, t, tokens);
@@ -81,7 +85,8 @@ rbe_status rbe_cuda_backward_by_table(const rbe_cuda_backward *b, rbe_error *err
     RBE_TRY(prepare(b, &piece, &p, err));
     RBE_LAUNCH(rbe_cu_sort(b->idx, b->w->pitch, w->rows, b->w->count, p.order, p.start, b->device->stream), err);
     for (int64_t t = 0; t < b->x->rows; t += piece) RBE_TRY(run(&p, t, rbe_cuda_smaller(piece, b->x->rows - t), err));
-    if (p.dbasis) RBE_LAUNCH(rbe_cu_sum_splits(p.dbasis, RBE_F32, w->groups, vectors * w->layout.group, b->out->basis, b->device->stream), err);
+    if (p.dbasis)
+        RBE_LAUNCH(rbe_cu_sum_splits(p.dbasis, RBE_F32, w->groups, vectors * w->layout.group, b->out->basis, b->device->stream), err);
     if (b->out->dx && p.dx.dtype != b->x->dtype) {
         const rbe_cu_matrix wanted = {b->out->dx->data, b->x->dtype, b->x->rows, w->cols, w->cols};
         RBE_LAUNCH(rbe_cu_finish_product(p.dx.data, RBE_F32, 1, NULL, NULL, &wanted, b->device->stream), err);

@@ -1,5 +1,5 @@
-// rbe_cuda_gemm: cuBLASLt through dlopen, with prototypes of our own for the eleven functions used. Their types and numbers are part of its ABI
-// from version 11 on.
+// rbe_cuda_gemm: cuBLASLt through dlopen, with prototypes of our own for the eleven functions used. Their types and numbers are part of its
+// ABI from version 11 on.
 //
 // cuBLASLt is column-major: a row-major product c = a b is its c^T = b^T a^T, so operands change places and nothing is transposed.
 // What its heuristic chose is kept for each shape, so a later call costs no search.
@@ -24,7 +24,8 @@ typedef struct lt_heuristic {
 } lt_heuristic;
 
 enum { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14, COMPUTE_32F = 68, COMPUTE_64F = 70, COMPUTE_32F_FAST_TF32 = 77 };
-enum { DESC_TRANSA = 3, DESC_TRANSB = 4, LAYOUT_BATCH_COUNT = 5, LAYOUT_BATCH_STRIDE = 6, PREF_WORKSPACE = 1, PREF_ALIGN_A = 5, PREF_ALIGN_B = 6, PREF_ALIGN_C = 7, PREF_ALIGN_D = 8 };
+enum { DESC_TRANSA = 3, DESC_TRANSB = 4, LAYOUT_BATCH_COUNT = 5, LAYOUT_BATCH_STRIDE = 6 };
+enum { PREF_WORKSPACE = 1, PREF_ALIGN_A = 5, PREF_ALIGN_B = 6, PREF_ALIGN_C = 7, PREF_ALIGN_D = 8 };
 enum { WORKSPACE = 32 << 20, CACHE = 128, DEVICES = 64 };
 
 #define FUNCTIONS(X)                                                                                                             \
@@ -84,7 +85,8 @@ static rbe_status load(rbe_error *err) {
     enum { NAMES = sizeof names / sizeof *names };
     const char *named = getenv("RBE_CUBLASLT");
     void *library = named && *named ? dlopen(named, RTLD_NOW) : NULL;
-    if (named && *named && !library) return rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: RBE_CUBLASLT is '%s', which cannot be loaded: %s", named, dlerror());
+    if (named && *named && !library)
+        return rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: RBE_CUBLASLT is '%s', which cannot be loaded: %s", named, dlerror());
     for (int i = 0; !library && i < NAMES; i++) library = dlopen(names[i], RTLD_NOW | RTLD_NOLOAD);
     for (int i = 0; !library && i < NAMES; i++) library = dlopen(names[i], RTLD_NOW);
     if (!library)
@@ -125,7 +127,8 @@ static int describe(void **layout, rbe_dtype dtype, int64_t rows, int64_t cols, 
     const int32_t count = (int32_t)batch;
     int failed = lt.cublasLtMatrixLayoutCreate(layout, type_of(dtype), (uint64_t)cols, (uint64_t)rows, stride);
     if (!failed && batch > 1) failed = lt.cublasLtMatrixLayoutSetAttribute(*layout, LAYOUT_BATCH_COUNT, &count, sizeof count);
-    if (!failed && batch > 1) failed = lt.cublasLtMatrixLayoutSetAttribute(*layout, LAYOUT_BATCH_STRIDE, &batch_stride, sizeof batch_stride);
+    if (!failed && batch > 1)
+        failed = lt.cublasLtMatrixLayoutSetAttribute(*layout, LAYOUT_BATCH_STRIDE, &batch_stride, sizeof batch_stride);
     return failed;
 }
 
@@ -157,7 +160,8 @@ static rbe_status choose(const rbe_gemm *g, void *handle, call *c, const key *k,
     for (int i = 0; !failed && i < 4; i++)
         failed = lt.cublasLtMatmulPreferenceSetAttribute(c->preference, attributes[i], &aligned[i], sizeof aligned[i]);
     if (!failed)
-        failed = lt.cublasLtMatmulAlgoGetHeuristic(handle, c->desc, c->first, c->second, c->result, c->result, c->preference, 1, &best, &found);
+        failed =
+            lt.cublasLtMatmulAlgoGetHeuristic(handle, c->desc, c->first, c->second, c->result, c->result, c->preference, 1, &best, &found);
     if (failed || found < 1)
         return rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: has no way to multiply %lld x %lld by %lld x %lld (types %d and %d), status %d",
                         (long long)g->m, (long long)g->k, (long long)g->k, (long long)g->n, type_of(g->in), type_of(g->out), failed);
@@ -202,8 +206,8 @@ static rbe_status multiply(const rbe_gemm *g, call *c, const rbe_device *device,
     const double alpha64 = 1.0, beta64 = g->accumulate ? 1.0 : 0.0;
     const float alpha32 = 1.0f, beta32 = g->accumulate ? 1.0f : 0.0f;
     const bool wide = g->out == RBE_F64;
-    const int failed = lt.cublasLtMatmul(handle, c->desc, wide ? (const void *)&alpha64 : &alpha32, g->b.data, c->first, g->a.data, c->second,
-                                         wide ? (const void *)&beta64 : &beta32, g->c, c->result, g->c, c->result, &algo,
+    const int failed = lt.cublasLtMatmul(handle, c->desc, wide ? (const void *)&alpha64 : &alpha32, g->b.data, c->first, g->a.data,
+                                         c->second, wide ? (const void *)&beta64 : &beta32, g->c, c->result, g->c, c->result, &algo,
                                          products->workspace, products->bytes, device->stream);
     return failed ? rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: a product failed with status %d", failed) : RBE_OK;
 }

@@ -1,4 +1,5 @@
-// rbe_cuda_decode and its gradients, pack, unpack, interleave and deinterleave. pack and unpack check the codes, and so wait for the device.
+// rbe_cuda_decode and its gradients, pack, unpack, interleave and deinterleave. pack and unpack check the codes, and so wait for the
+// device.
 #include "cuda_internal.h"
 
 rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *device, rbe_error *err) {
@@ -12,7 +13,8 @@ rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *d
 }
 
 // The gradient of W is all that rbe_cuda_backward_dense makes of x and dy: its second half, for all rows at once.
-rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device, rbe_error *err) {
+rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device,
+                                    rbe_error *err) {
     RBE_TRY(rbe_cuda_check(w, err));
     if (w->real != RBE_F32) return rbe_fail(err, RBE_BAD_ARGUMENT, "basis: must be float32");
     rbe_cuda_weight bound;
@@ -45,7 +47,8 @@ static rbe_status check_values(const rbe_weight *w, const rbe_cu_codes *codes, c
     if (bad == ~0ull) return RBE_OK;
     const long long count = (long long)(w->groups * w->layout.stages), row = (long long)bad / count, q = (long long)bad % count;
     if (codes->packed)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: the last byte of packed row %lld has padding bits that are set; they must be zero", row);
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: the last byte of packed row %lld has padding bits that are set; they must be zero",
+                        row);
     return rbe_fail(err, RBE_BAD_ARGUMENT,
                     "codes: the word at row %lld, group %lld, stage %lld has bits that its layout of %d bits does not store%s", row,
                     q / w->layout.stages, q % w->layout.stages, (int)w->layout.bits,
@@ -87,7 +90,8 @@ static rbe_status turn(const uint8_t *from, int64_t a, int64_t b, int64_t c, uin
     return RBE_OK;
 }
 
-rbe_status rbe_cuda_deinterleave(const uint8_t *interleaved, int64_t rows, int64_t count, uint8_t *packed, const rbe_device *device, rbe_error *err) {
+rbe_status rbe_cuda_deinterleave(const uint8_t *interleaved, int64_t rows, int64_t count, uint8_t *packed, const rbe_device *device,
+                                 rbe_error *err) {
     const int64_t whole = rows / RBE_INTERLEAVED_ROWS, rest = rows % RBE_INTERLEAVED_ROWS, tile = count * RBE_INTERLEAVED_ROWS;
     RBE_TRY(turn(interleaved, whole, count, RBE_INTERLEAVED_ROWS, packed, device, err));
     if (!rest) return RBE_OK;
@@ -96,7 +100,8 @@ rbe_status rbe_cuda_deinterleave(const uint8_t *interleaved, int64_t rows, int64
     return RBE_OK;
 }
 
-rbe_status rbe_cuda_interleave(const uint8_t *packed, int64_t rows, int64_t count, uint8_t *interleaved, const rbe_device *device, rbe_error *err) {
+rbe_status rbe_cuda_interleave(const uint8_t *packed, int64_t rows, int64_t count, uint8_t *interleaved, const rbe_device *device,
+                               rbe_error *err) {
     const int64_t whole = rows / RBE_INTERLEAVED_ROWS, rest = rows % RBE_INTERLEAVED_ROWS, tile = count * RBE_INTERLEAVED_ROWS;
     RBE_TRY(turn(packed, whole, RBE_INTERLEAVED_ROWS, count, interleaved, device, err));
     if (!rest) return RBE_OK;

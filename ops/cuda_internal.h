@@ -14,7 +14,8 @@ static inline bool rbe_cuda_has_table(const rbe_layout *l) { return l->field != 
 int64_t rbe_cuda_workspace(void);  // bytes that a product cut into pieces takes at a time, about
 
 rbe_status rbe_cuda_status(int error, rbe_error *err);  // of a launch
-rbe_status rbe_cuda_take(const rbe_device *device, int64_t count, size_t size, void *out, rbe_error *err);  // *(void **)out = count * size bytes
+rbe_status rbe_cuda_take(const rbe_device *device, int64_t count, size_t size, void *out,
+                         rbe_error *err);  // *(void **)out = count * size bytes
 
 // Shapes, dtypes and pointers of a weight and of a matrix that a product reads or writes.
 rbe_status rbe_cuda_check(const rbe_weight *w, rbe_error *err);
@@ -33,8 +34,8 @@ rbe_cuda_weight rbe_cuda_rows(const rbe_cuda_weight *w, int64_t row0, int64_t ro
 // x with neighbouring columns and of type dtype: x itself, or a copy in a workspace.
 rbe_status rbe_cuda_dense(const rbe_matrix *x, rbe_dtype dtype, const rbe_device *device, rbe_cu_matrix *out, rbe_error *err);
 
-// The table of a run of tokens: table[q, j, t] = <basis[s, j], x[t, k-th group]>, rows of pitch_t numbers, all of x's type; basis [M, 256, g] of
-// that type. And the two products that its gradient enters (backward).
+// The table of a run of tokens: table[q, j, t] = <basis[s, j], x[t, k-th group]>, rows of pitch_t numbers, all of x's type; basis [M, 256,
+// g] of that type. And the two products that its gradient enters (backward).
 typedef struct rbe_cuda_table {
     const rbe_layout *layout;
     int64_t cols, tokens, pitch_t;
@@ -44,7 +45,8 @@ typedef struct rbe_cuda_table {
 } rbe_cuda_table;
 rbe_status rbe_cuda_make_table(const rbe_cuda_table *t, const rbe_cu_matrix *x, void *table, const rbe_device *device, rbe_error *err);
 // dx[t, k-th group] = sum over s, j of dtable[q, j, t] basis[s, j]
-rbe_status rbe_cuda_table_dx(const rbe_cuda_table *t, const void *dtable, const rbe_cu_matrix *dx, const rbe_device *device, rbe_error *err);
+rbe_status rbe_cuda_table_dx(const rbe_cuda_table *t, const void *dtable, const rbe_cu_matrix *dx, const rbe_device *device,
+                             rbe_error *err);
 // partial[k, s, j] (+)= sum over t of dtable[q, j, t] x[t, k-th group], float32
 rbe_status rbe_cuda_table_dbasis(const rbe_cuda_table *t, const void *dtable, const rbe_cu_matrix *x, bool accumulate, float *partial,
                                  const rbe_device *device, rbe_error *err);

@@ -63,8 +63,8 @@ static rbe_status tiles(const job *j, rbe_error *err) {
     RBE_TRY(rbe_cuda_take(j->device, j->w->count * j->w->pitch, sizeof *mixed, &mixed, err));
     RBE_LAUNCH(rbe_cu_narrow_basis(w->basis, vectors, w->layout.group, depth, j->x.dtype, basis, j->device->stream), err);
     RBE_LAUNCH(rbe_cu_unpack(&j->w->codes, j->w->pitch, NULL, NULL, mixed, j->device->stream), err);
-    RBE_LAUNCH(rbe_cu_tiles_half(&j->x, basis, depth, w->layout.group, w->layout.stages, mixed, j->w->pitch, w->rows, w->gain, j->bias, &j->y,
-                                 j->device->stream),
+    RBE_LAUNCH(rbe_cu_tiles_half(&j->x, basis, depth, w->layout.group, w->layout.stages, mixed, j->w->pitch, w->rows, w->gain, j->bias,
+                                 &j->y, j->device->stream),
                err);
     return RBE_OK;
 }
@@ -86,7 +86,8 @@ static rbe_status gather(const job *j, rbe_error *err) {
         y.data = (float *)y.data + t * y.stride;
         const rbe_cuda_table made = {&w->layout, w->cols, x.rows, piece, RBE_F32, w->basis, j->tf32};
         RBE_TRY(rbe_cuda_make_table(&made, &x, table, j->device, err));
-        RBE_LAUNCH(rbe_cu_gather_f32(table, piece, idx, scale, j->w->pitch, w->rows, j->w->count, w->gain, j->bias, &y, j->device->stream), err);
+        RBE_LAUNCH(rbe_cu_gather_f32(table, piece, idx, scale, j->w->pitch, w->rows, j->w->count, w->gain, j->bias, &y, j->device->stream),
+                   err);
     }
     return RBE_OK;
 }
@@ -96,7 +97,9 @@ static rbe_status decode_mma(const job *j, rbe_error *err) {
     const int64_t splits = rbe_cu_decode_mma_splits(&j->w->codes, j->x.rows);
     float *partial = NULL;
     if (splits > 1) RBE_TRY(rbe_cuda_take(j->device, splits * j->x.rows * w->rows, sizeof *partial, &partial, err));
-    RBE_LAUNCH(rbe_cu_decode_mma(&j->w->codes, &j->x, w->basis, w->gain, j->bias, &j->w->residual, &j->y, splits, partial, j->device->stream), err);
+    RBE_LAUNCH(
+        rbe_cu_decode_mma(&j->w->codes, &j->x, w->basis, w->gain, j->bias, &j->w->residual, &j->y, splits, partial, j->device->stream),
+        err);
     if (splits > 1) RBE_LAUNCH(rbe_cu_finish_product(partial, RBE_F32, splits, NULL, j->bias, &j->y, j->device->stream), err);
     return RBE_OK;
 }
@@ -120,7 +123,8 @@ rbe_status rbe_cuda_linear(const rbe_weight *w, const rbe_matrix *x, const void 
     if (x->dtype != y->dtype) return rbe_fail(err, RBE_BAD_ARGUMENT, "y: must have the dtype of x");
     if ((y->col_stride != 1 && y->cols > 1) || (y->row_stride != y->cols && y->rows > 1))
         return rbe_fail(err, RBE_BAD_ARGUMENT, "y: must be contiguous");
-    if ((unsigned)accuracy > RBE_ACCURACY_FAST) return rbe_fail(err, RBE_BAD_ARGUMENT, "accuracy: %d is not auto, exact or fast", (int)accuracy);
+    if ((unsigned)accuracy > RBE_ACCURACY_FAST)
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "accuracy: %d is not auto, exact or fast", (int)accuracy);
     if (x->rows == 0) return RBE_OK;
     rbe_cuda_weight bound;
     RBE_TRY(rbe_cuda_bind(w, device, &bound, err));

@@ -1,5 +1,5 @@
-// Which path a product takes on a CUDA device: costs in multiply-adds of the matrix unit (half types) or of the float32 lanes, for each column
-// and token. The constants come from counting instructions and bytes on an H100 (docs/cuda.md); none is measured.
+// Which path a product takes on a CUDA device: costs in multiply-adds of the matrix unit (half types) or of the float32 lanes, for each
+// column and token. The constants come from counting instructions and bytes on an H100 (docs/cuda.md); none is measured.
 #include <stdatomic.h>
 
 #include "cuda_internal.h"
@@ -26,7 +26,8 @@ static double row_tiles(int64_t rows) { return (double)rbe_cuda_up(rows, RBE_CU_
 static bool possible(rbe_cuda_path path, const rbe_layout *l, rbe_dtype x, int64_t tokens) {
     const bool table = rbe_cuda_has_table(l), scaled = rbe_field_has_scale(l->field);
     switch (path) {
-        case RBE_CUDA_LOOKUP: return x != RBE_F64 && l->field == RBE_FIELD_RBE8 && table && tokens <= LOOKUP_TOKENS && l->group <= LOOKUP_GROUP;
+        case RBE_CUDA_LOOKUP:
+            return x != RBE_F64 && l->field == RBE_FIELD_RBE8 && table && tokens <= LOOKUP_TOKENS && l->group <= LOOKUP_GROUP;
         case RBE_CUDA_TOKEN: return x != RBE_F64 && table && tokens <= TOKEN_TOKENS;
         case RBE_CUDA_TILES: return rbe_cuda_half(x) && table && scaled;
         case RBE_CUDA_GATHER: return x == RBE_F32 && table;
@@ -42,7 +43,8 @@ rbe_cuda_path rbe_cuda_plan(const rbe_layout *l, rbe_dtype x, int64_t rows, int6
     if (possible(RBE_CUDA_LOOKUP, l, x, tokens)) return RBE_CUDA_LOOKUP;
     if (possible(RBE_CUDA_TOKEN, l, x, tokens) && rbe_field_has_scale(l->field)) return RBE_CUDA_TOKEN;
     const double vectors = 256.0 * l->stages, gathered = (double)rows * l->stages / l->group;
-    if (possible(RBE_CUDA_TILES, l, x, tokens) && vectors * row_tiles(rows) + GATHER_HALF * gathered < DECODE_HALF * (double)rows) return RBE_CUDA_TILES;
+    if (possible(RBE_CUDA_TILES, l, x, tokens) && vectors * row_tiles(rows) + GATHER_HALF * gathered < DECODE_HALF * (double)rows)
+        return RBE_CUDA_TILES;
     if (possible(RBE_CUDA_GATHER, l, x, tokens) && vectors + GATHER_F32 * gathered < (double)rows) return RBE_CUDA_GATHER;
     return rbe_cuda_half(x) ? RBE_CUDA_DECODE_MMA : RBE_CUDA_DECODE_GEMM;
 }

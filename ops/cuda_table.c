@@ -1,5 +1,5 @@
-// The dense products around a table, by cuBLASLt: the table itself, dx and dbasis from its gradient. A batch over the groups; a last group that
-// is cut short is a product of its own.
+// The dense products around a table, by cuBLASLt: the table itself, dx and dbasis from its gradient. A batch over the groups; a last group
+// that is cut short is a product of its own.
 #include "cuda_internal.h"
 
 typedef struct run {
@@ -14,7 +14,9 @@ static int runs_of(const rbe_cuda_table *t, run out[2]) {
     return count;
 }
 
-static char *at(const void *data, int64_t element, rbe_dtype dtype) { return (char *)(uintptr_t)data + element * (int64_t)rbe_cuda_bytes(dtype); }
+static char *at(const void *data, int64_t element, rbe_dtype dtype) {
+    return (char *)(uintptr_t)data + element * (int64_t)rbe_cuda_bytes(dtype);
+}
 
 rbe_status rbe_cuda_make_table(const rbe_cuda_table *t, const rbe_cu_matrix *x, void *table, const rbe_device *device, rbe_error *err) {
     const int64_t g = t->layout->group, vectors = (int64_t)t->layout->stages * RBE_BASIS_VECTORS, step = vectors * t->pitch_t;
@@ -32,7 +34,8 @@ rbe_status rbe_cuda_make_table(const rbe_cuda_table *t, const rbe_cu_matrix *x, 
     return RBE_OK;
 }
 
-rbe_status rbe_cuda_table_dx(const rbe_cuda_table *t, const void *dtable, const rbe_cu_matrix *dx, const rbe_device *device, rbe_error *err) {
+rbe_status rbe_cuda_table_dx(const rbe_cuda_table *t, const void *dtable, const rbe_cu_matrix *dx, const rbe_device *device,
+                             rbe_error *err) {
     const int64_t g = t->layout->group, vectors = (int64_t)t->layout->stages * RBE_BASIS_VECTORS, step = vectors * t->pitch_t;
     run runs[2];
     for (int r = 0, count = runs_of(t, runs); r < count; r++) {

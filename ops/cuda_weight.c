@@ -20,9 +20,11 @@ rbe_status rbe_cuda_check(const rbe_weight *w, rbe_error *err) {
     if (!w) return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: is NULL");
     RBE_TRY(rbe_check_shape(w, err));
     const int given = !!w->words + !!w->packed + !!w->interleaved;
-    if (given != 1) return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: exactly one of words, packed and interleaved must be given, not %d", given);
+    if (given != 1)
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: exactly one of words, packed and interleaved must be given, not %d", given);
     if (w->interleaved && w->layout.field != RBE_FIELD_RBE8)
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: are interleaved, but only codes of one byte (rbe8) can be, not of %d bits", (int)w->layout.bits);
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: are interleaved, but only codes of one byte (rbe8) can be, not of %d bits",
+                        (int)w->layout.bits);
     if (w->packed && w->rows > 1 && w->packed_stride < rbe_packed_row_bytes(&w->layout, w->groups))
         return rbe_fail(err, RBE_BAD_ARGUMENT, "codes: packed rows are %lld bytes apart, but a row takes %lld", (long long)w->packed_stride,
                         (long long)rbe_packed_row_bytes(&w->layout, w->groups));
@@ -31,7 +33,8 @@ rbe_status rbe_cuda_check(const rbe_weight *w, rbe_error *err) {
     if (w->layout.field == RBE_FIELD_RBE16S && w->layout.group != 8)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "layout: rbe16s has eight signs, so its group must be 8, not %d", (int)w->layout.group);
     if (w->amplitude && !rbe_field_has_scale(w->layout.field))
-        return rbe_fail(err, RBE_BAD_ARGUMENT, "amplitude: is given, but codes of %d bits have scale 1 and no amplitude", (int)w->layout.bits);
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "amplitude: is given, but codes of %d bits have scale 1 and no amplitude",
+                        (int)w->layout.bits);
     if (w->amplitude && !w->rounded && w->real != RBE_F64)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "rounded: is false, but only float64 computes with unrounded amplitudes");
     return RBE_OK;
@@ -48,11 +51,26 @@ rbe_status rbe_cuda_bind(const rbe_weight *w, const rbe_device *device, rbe_cuda
     const int64_t count = w->groups * l->stages;
     *out = (rbe_cuda_weight){
         .w = w,
-        .codes = {.words = w->words, .packed = w->packed, .packed_stride = w->packed_stride, .amplitude = w->amplitude, .rows = w->rows,
-                  .cols = w->cols, .groups = w->groups, .stages = l->stages, .group = l->group, .bits = l->bits, .field = l->field,
-                  .seeded = rbe_field_seeded(l->field), .scaled = rbe_field_has_scale(l->field),
-                  .unstored = rbe_field_amp_unstored(l->field), .constant = rbe_field_constant(l->field), .seed = w->seed, .first = (uint32_t)(((uint64_t)w->row0 * (uint64_t)w->groups_total + (uint64_t)w->k0) * (uint64_t)l->stages),
-                  .row_step = (uint32_t)((uint64_t)w->groups_total * (uint64_t)l->stages), .real = w->real, .rounded = w->rounded},
+        .codes = {.words = w->words,
+                  .packed = w->packed,
+                  .packed_stride = w->packed_stride,
+                  .amplitude = w->amplitude,
+                  .rows = w->rows,
+                  .cols = w->cols,
+                  .groups = w->groups,
+                  .stages = l->stages,
+                  .group = l->group,
+                  .bits = l->bits,
+                  .field = l->field,
+                  .seeded = rbe_field_seeded(l->field),
+                  .scaled = rbe_field_has_scale(l->field),
+                  .unstored = rbe_field_amp_unstored(l->field),
+                  .constant = rbe_field_constant(l->field),
+                  .seed = w->seed,
+                  .first = (uint32_t)(((uint64_t)w->row0 * (uint64_t)w->groups_total + (uint64_t)w->k0) * (uint64_t)l->stages),
+                  .row_step = (uint32_t)((uint64_t)w->groups_total * (uint64_t)l->stages),
+                  .real = w->real,
+                  .rounded = w->rounded},
         .residual = {.kind = l->residual, .at = w->residual, .count = l->residual == RBE_RESIDUAL_SPARSE ? sparse_count(w) : l->rank},
         .count = count,
         .pitch = rbe_cuda_up(w->rows, RBE_CU_ROWS),
@@ -86,7 +104,8 @@ rbe_status rbe_cuda_dense(const rbe_matrix *x, rbe_dtype dtype, const rbe_device
     if (x->dtype == dtype && (x->col_stride == 1 || x->cols <= 1) && x->row_stride >= x->cols) return RBE_OK;
     RBE_TRY(rbe_cuda_take(device, x->rows * x->cols, rbe_cuda_bytes(dtype), &out->data, err));
     out->stride = x->cols;
-    const rbe_cu_strided from = {x->data, (int32_t)rbe_cuda_bytes(x->dtype), x->dtype, 2, {x->rows, x->cols}, {x->row_stride, x->col_stride}};
+    const rbe_cu_strided from = {
+        x->data, (int32_t)rbe_cuda_bytes(x->dtype), x->dtype, 2, {x->rows, x->cols}, {x->row_stride, x->col_stride}};
     RBE_LAUNCH(rbe_cu_copy(&from, true, out->data, dtype, device->stream), err);
     return RBE_OK;
 }

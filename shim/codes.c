@@ -27,7 +27,8 @@ rbe_status rbe_bind_encoding(rbe_call *call, int at, int layout, rbe_weight *w, 
     if (status == RBE_OK) status = rbe_view_of(call, rbe_call_tensor(call, at), "weight", &weight_view);
     if (status != RBE_OK) return status;
     if (weight_view.dims != 2 || weight_view.sizes[0] < 1 || weight_view.sizes[1] < 1) {
-        return rbe_call_fail(call, "weight: has shape %s; must be [m, n] with m and n at least 1", rbe_shape_text(weight_view.dims, weight_view.sizes));
+        return rbe_call_fail(call, "weight: has shape %s; must be [m, n] with m and n at least 1",
+                             rbe_shape_text(weight_view.dims, weight_view.sizes));
     }
     status = rbe_matrix_of(call, &weight_view, weight);
     if (status != RBE_OK) return status;
@@ -36,7 +37,8 @@ rbe_status rbe_bind_encoding(rbe_call *call, int at, int layout, rbe_weight *w, 
     status = rbe_bind_groups(call, in_features, (weight->cols + w->layout.group - 1) / w->layout.group, -1, w);
     if (status != RBE_OK) return status;
     if (w->cols != weight->cols) {
-        return rbe_call_fail(call, "weight: has %lld columns; must be %lld (in_features = %lld)", (long long)weight->cols, (long long)w->cols, (long long)in_features);
+        return rbe_call_fail(call, "weight: has %lld columns; must be %lld (in_features = %lld)", (long long)weight->cols,
+                             (long long)w->cols, (long long)in_features);
     }
     if (weight->dtype != w->real) {  // half precision: search on a float32 copy
         const void *dense;
@@ -129,8 +131,9 @@ rbe_status rbe_op_deinterleave(rbe_call *call) {
                              rbe_torch_dtype_name(codes.dtype), rbe_shape_text(codes.dims, codes.sizes));
     }
     if (rows < 1 || rbe_interleaved_tiles(rows) != codes.sizes[0]) {
-        return rbe_call_fail(call, "rows: was %lld; codes of shape %s have %lld .. %lld", (long long)rows, rbe_shape_text(codes.dims, codes.sizes),
-                             (long long)(codes.sizes[0] - 1) * RBE_INTERLEAVED_ROWS + 1, (long long)codes.sizes[0] * RBE_INTERLEAVED_ROWS);
+        return rbe_call_fail(call, "rows: was %lld; codes of shape %s have %lld .. %lld", (long long)rows,
+                             rbe_shape_text(codes.dims, codes.sizes), (long long)(codes.sizes[0] - 1) * RBE_INTERLEAVED_ROWS + 1,
+                             (long long)codes.sizes[0] * RBE_INTERLEAVED_ROWS);
     }
     const int64_t shape[2] = {rows, codes.sizes[1]};
     status = rbe_dense_bytes(call, &codes, 1, &bytes);

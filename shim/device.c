@@ -20,8 +20,8 @@ const char *rbe_device_text(int32_t type, int32_t index) {
 #endif
 
 #ifdef RBE_HAVE_CUDA
-// Device memory is a torch tensor of bytes: torch's caching allocator keeps it for later work on the same stream once the tensor is freed, so it
-// may be freed before the kernels have run, and it belongs to the graph where one is captured.
+// Device memory is a torch tensor of bytes: torch's caching allocator keeps it for later work on the same stream once the tensor is freed,
+// so it may be freed before the kernels have run, and it belongs to the graph where one is captured.
 static void *allocate(void *owner, size_t bytes) {
     rbe_call *call = owner;
     rbe_place *place = &call->place;
@@ -72,8 +72,9 @@ rbe_status rbe_enter_device(rbe_call *call) {
     }
     return RBE_CUDA_ON_HOST ? RBE_OK : current_stream(call, &place->device.stream);
 #else
-    rbe_call_fail(call, "the tensors are on %s, but this rbe_torch was built without CUDA kernels; build it where nvcc is: RBE_CUDA=1 pip install .",
-                  rbe_device_text(place->type, place->index));
+    rbe_call_fail(
+        call, "the tensors are on %s, but this rbe_torch was built without CUDA kernels; build it where nvcc is: RBE_CUDA=1 pip install .",
+        rbe_device_text(place->type, place->index));
     return RBE_DEVICE_FAILED;
 #endif
 }

@@ -115,7 +115,8 @@ rbe_status rbe_op_linear_backward(rbe_call *call) {
     if (status == RBE_OK) status = gradient_result(call, &views.basis, wanted & WANT_BASIS, w.real, &dbasis);
     if (status == RBE_OK) status = gradient_result(call, &views.gain, wanted & WANT_GAIN, w.real, &dgain);
     if (status == RBE_OK) status = gradient_result(call, bias ? &bias_view : NULL, want_bias, w.real, &dbias);
-    if (status == RBE_OK) status = gradient_result(call, views.has_amplitude ? &views.amplitude : NULL, want_amplitude, w.real, &damplitude);
+    if (status == RBE_OK)
+        status = gradient_result(call, views.has_amplitude ? &views.amplitude : NULL, want_amplitude, w.real, &damplitude);
     if (status != RBE_OK) return status;
 
     dx = (rbe_matrix){dx_gradient.result, x.dtype, x.rows, x.cols, x.cols, 1};

@@ -76,7 +76,7 @@ class Case:
         basis, gain = self.basis.detach().double(), self.gain.detach().double()
         return torch.ops.rbe.decode(self.codes, basis, gain, amplitude, *self.residual, **keywords)
 
-    def require_grad(self) -> "Case":
+    def require_grad(self) -> Case:
         for t in (self.x, self.basis, self.gain, self.bias, self.amplitude):
             if t is not None:
                 t.requires_grad_()

@@ -41,10 +41,10 @@ struct basis_arguments {
     Real *partial;
 };
 
-// A block one basis vector and a share of the groups. Neighbouring threads take neighbouring elements; as many rows at once as fit are added
-// up apart and then in order.
+// A block one basis vector and a share of the groups. Neighbouring threads take neighbouring elements; as many rows at once as fit are
+// added up apart and then in order.
 template <class Real>
-static __global__ void __launch_bounds__(THREADS) dense_basis(basis_arguments<Real> a) {
+static __global__ void __launch_bounds__(THREADS, 8) dense_basis(basis_arguments<Real> a) {
     CU_SHARED(Real, part, [THREADS]);
     const rbe_cu_codes &c = a.codes;
     const int64_t vector = blockIdx.x, stage = vector / RBE_BASIS_VECTORS, j = vector % RBE_BASIS_VECTORS, split = blockIdx.y;
@@ -77,7 +77,8 @@ static __global__ void __launch_bounds__(THREADS) dense_basis(basis_arguments<Re
 
 // Enough blocks for 128 a multiprocessor.
 int64_t rbe_cu_dense_basis_splits(const rbe_cu_codes *codes) {
-    const int64_t vectors = (int64_t)codes->stages * RBE_BASIS_VECTORS, wanted = (128 * (int64_t)cu_multiprocessors() + vectors - 1) / vectors;
+    const int64_t vectors = (int64_t)codes->stages * RBE_BASIS_VECTORS,
+                  wanted = (128 * (int64_t)cu_multiprocessors() + vectors - 1) / vectors;
     const int64_t most = codes->groups < 16 ? codes->groups : 16;
     return wanted < most ? wanted : most;
 }
@@ -85,12 +86,14 @@ int64_t rbe_cu_dense_basis_splits(const rbe_cu_codes *codes) {
 template <class Real>
 static int basis_of(const rbe_cu_codes *codes, const void *dw, const int32_t *order, const int32_t *start, const void *scale, int64_t pitch,
                     const void *gain, bool accumulate, int64_t splits, void *partial, void *stream) {
-    const basis_arguments<Real> a = {*codes, (const Real *)dw, order, start, (const Real *)scale, (const Real *)gain, pitch, accumulate, splits, (Real *)partial};
-    return cu_launch(dense_basis<Real>, dim3((unsigned)codes->stages * RBE_BASIS_VECTORS, (unsigned)splits), dim3(THREADS), 0, (cudaStream_t)stream, a);
+    const basis_arguments<Real> a = {*codes, (const Real *)dw, order,  start,          (const Real *)scale, (const Real *)gain,
+                                     pitch,  accumulate,       splits, (Real *)partial};
+    return cu_launch(dense_basis<Real>, dim3((unsigned)codes->stages * RBE_BASIS_VECTORS, (unsigned)splits), dim3(THREADS), 0,
+                     (cudaStream_t)stream, a);
 }
 
-int rbe_cu_dense_basis(const rbe_cu_codes *codes, const void *dw, const int32_t *order, const int32_t *start, const void *scale, int64_t pitch,
-                       const void *gain, bool accumulate, int64_t splits, void *partial, void *stream) {
+int rbe_cu_dense_basis(const rbe_cu_codes *codes, const void *dw, const int32_t *order, const int32_t *start, const void *scale,
+                       int64_t pitch, const void *gain, bool accumulate, int64_t splits, void *partial, void *stream) {
     return codes->real == RBE_F64 ? basis_of<double>(codes, dw, order, start, scale, pitch, gain, accumulate, splits, partial, stream)
                                   : basis_of<float>(codes, dw, order, start, scale, pitch, gain, accumulate, splits, partial, stream);
 }

@@ -3,8 +3,8 @@
 //     d[q, i]       (+)= sum over t of dy[i, t] table[q, j, t]
 //     dtable[q, j, t]  = sum over i of gain[i] scale[q, i] dy[i, t]
 //
-// A warp a (q, j), 16 rows at a time: table and dtable stay in registers over the rows, the sums of d over the tokens, so dy is read once for
-// both and nothing is added across warps. A lane has 2 neighbouring tokens. From the 17th row of a code on, dtable goes through memory.
+// A warp a (q, j), 16 rows at a time: table and dtable stay in registers over the rows, the sums of d over the tokens, so dy is read once
+// for both and nothing is added across warps. A lane has 2 neighbouring tokens. From the 17th row of a code on, dtable goes through memory.
 #include "cu.h"
 #include "launch.h"
 
@@ -22,14 +22,18 @@ struct F32 {
         const FloatPair p = *(const FloatPair *)((const float *)data + at);
         return Pair{p.at[0], p.at[1]};
     }
-    static __device__ __forceinline__ void store(void *data, int64_t at, Pair p) { *(FloatPair *)((float *)data + at) = FloatPair{{p.low, p.high}}; }
+    static __device__ __forceinline__ void store(void *data, int64_t at, Pair p) {
+        *(FloatPair *)((float *)data + at) = FloatPair{{p.low, p.high}};
+    }
 };
 struct Bf16 {
     static __device__ __forceinline__ Pair load(const void *data, int64_t at) {
         const uint32_t word = *(const uint32_t *)((const uint16_t *)data + at);
         return Pair{cu_bits_to_f32(word << 16), cu_bits_to_f32(word & 0xFFFF0000u)};
     }
-    static __device__ __forceinline__ void store(void *data, int64_t at, Pair p) { *(uint32_t *)((uint16_t *)data + at) = cu_pack_bf16(p.low, p.high); }
+    static __device__ __forceinline__ void store(void *data, int64_t at, Pair p) {
+        *(uint32_t *)((uint16_t *)data + at) = cu_pack_bf16(p.low, p.high);
+    }
 };
 
 struct backward_arguments {

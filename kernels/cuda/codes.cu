@@ -39,8 +39,8 @@ static __global__ void unpack(rbe_cu_codes codes, int64_t pitch, int64_t row_til
 template <class Real>
 static int launch_unpack(const rbe_cu_codes *codes, int64_t pitch, uint8_t *idx, void *scale, uint32_t *mixed, void *stream) {
     const int64_t row_tiles = (pitch + TILE - 1) / TILE, q_tiles = (codes->groups * codes->stages + TILE - 1) / TILE;
-    return cu_launch(unpack<Real>, dim3((unsigned)(row_tiles * q_tiles)), dim3(TILE, TILE_ROWS), 0, (cudaStream_t)stream, *codes, pitch, row_tiles,
-                     idx, (Real *)scale, mixed);
+    return cu_launch(unpack<Real>, dim3((unsigned)(row_tiles * q_tiles)), dim3(TILE, TILE_ROWS), 0, (cudaStream_t)stream, *codes, pitch,
+                     row_tiles, idx, (Real *)scale, mixed);
 }
 
 int rbe_cu_unpack(const rbe_cu_codes *codes, int64_t pitch, uint8_t *idx, void *scale, uint32_t *mixed, void *stream) {

@@ -70,7 +70,8 @@ static __global__ void transpose(rbe_cu_matrix from, rbe_cu_matrix to, int64_t c
 int rbe_cu_transpose(const rbe_cu_matrix *from, const rbe_cu_matrix *to, void *stream) {
     const int64_t row_tiles = (to->stride + TILE - 1) / TILE, column_tiles = (from->cols + TILE - 1) / TILE;
     if (row_tiles * column_tiles == 0) return 0;
-    return cu_launch(transpose, dim3((unsigned)(row_tiles * column_tiles)), dim3(TILE, TILE_ROWS), 0, (cudaStream_t)stream, *from, *to, column_tiles);
+    return cu_launch(transpose, dim3((unsigned)(row_tiles * column_tiles)), dim3(TILE, TILE_ROWS), 0, (cudaStream_t)stream, *from, *to,
+                     column_tiles);
 }
 
 static __global__ void narrow_basis(const float *basis, int64_t vectors, int group, int depth, rbe_dtype dtype, uint16_t *out) {
@@ -82,7 +83,8 @@ static __global__ void narrow_basis(const float *basis, int64_t vectors, int gro
 }
 
 int rbe_cu_narrow_basis(const float *basis, int64_t vectors, int32_t group, int32_t depth, rbe_dtype dtype, uint16_t *out, void *stream) {
-    return cu_launch(narrow_basis, dim3(blocks_of(vectors * depth)), dim3(THREADS), 0, (cudaStream_t)stream, basis, vectors, group, depth, dtype, out);
+    return cu_launch(narrow_basis, dim3(blocks_of(vectors * depth)), dim3(THREADS), 0, (cudaStream_t)stream, basis, vectors, group, depth,
+                     dtype, out);
 }
 
 template <class Real>
@@ -97,7 +99,8 @@ static __global__ void finish_product(const Real *in, int64_t splits, const Real
     store_any(y.data, y.dtype, t * y.stride + i, (double)sum);
 }
 
-int rbe_cu_finish_product(const void *in, rbe_dtype real, int64_t splits, const void *gain, const void *bias, const rbe_cu_matrix *y, void *stream) {
+int rbe_cu_finish_product(const void *in, rbe_dtype real, int64_t splits, const void *gain, const void *bias, const rbe_cu_matrix *y,
+                          void *stream) {
     const dim3 blocks(blocks_of(y->rows * y->cols));
     if (y->rows * y->cols == 0) return 0;
     return real == RBE_F64 ? cu_launch(finish_product<double>, blocks, dim3(THREADS), 0, (cudaStream_t)stream, (const double *)in, splits,
@@ -138,15 +141,19 @@ static __global__ void sum_splits(const Real *in, int64_t splits, int64_t count,
 }
 
 int rbe_cu_sum_splits(const void *in, rbe_dtype real, int64_t splits, int64_t count, void *out, void *stream) {
-    return real == RBE_F64 ? cu_launch(sum_splits<double>, dim3(blocks_of(count)), dim3(THREADS), 0, (cudaStream_t)stream, (const double *)in, splits,
-                                       count, (double *)out)
-                           : cu_launch(sum_splits<float>, dim3(blocks_of(count)), dim3(THREADS), 0, (cudaStream_t)stream, (const float *)in, splits,
-                                       count, (float *)out);
+    return real == RBE_F64 ? cu_launch(sum_splits<double>, dim3(blocks_of(count)), dim3(THREADS), 0, (cudaStream_t)stream,
+                                       (const double *)in, splits, count, (double *)out)
+                           : cu_launch(sum_splits<float>, dim3(blocks_of(count)), dim3(THREADS), 0, (cudaStream_t)stream, (const float *)in,
+                                       splits, count, (float *)out);
 }
 
 int rbe_cu_zero(void *at, size_t bytes, void *stream) { return cu_clear(at, bytes, (cudaStream_t)stream); }
-int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream) { return cu_copy_to_host(to, from, bytes, (cudaStream_t)stream); }
-int rbe_cu_to_device(void *to, const void *from, size_t bytes, void *stream) { return cu_copy_to_device(to, from, bytes, (cudaStream_t)stream); }
+int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream) {
+    return cu_copy_to_host(to, from, bytes, (cudaStream_t)stream);
+}
+int rbe_cu_to_device(void *to, const void *from, size_t bytes, void *stream) {
+    return cu_copy_to_device(to, from, bytes, (cudaStream_t)stream);
+}
 
 #ifdef __CUDACC__
 int rbe_cu_use_device(int device) {

@@ -1,8 +1,8 @@
 // The dialect of CUDA that kernels/cuda is written in: macros for what only nvcc parses, and wrappers of one instruction each.
 //
 // tests/cuda/cu_host.h has the software twin of every name, so that a C++ compiler builds the same kernels and they run on a CPU, under
-// sanitizers. Kernels therefore hold no `__shared__`, no `<<< >>>` and no inline assembly but here, and include no CUDA header: bfloat16 and
-// float16 travel as uint16_t. The build turns contraction off (-fmad=false): a fused multiply-add is written fmaf, as in the C kernels.
+// sanitizers. Kernels therefore hold no `__shared__`, no `<<< >>>` and no inline assembly but here, and include no CUDA header: bfloat16
+// and float16 travel as uint16_t. The build turns contraction off (-fmad=false): a fused multiply-add is written fmaf, as in the C kernels.
 #pragma once
 
 #include "../format.h"
@@ -86,9 +86,11 @@ __device__ uint32_t cu_pack_bf16(float, float);
 
 // The launch's own error, 0 where there is none. More than 48 KiB of shared memory must be asked for kernel by kernel.
 template <class... Parameters, class... Arguments>
-static int cu_launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+static int cu_launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                     Arguments... arguments) {
     if (shared_bytes > (48 << 10)) {
-        const cudaError_t refused = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+        const cudaError_t refused =
+            cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
         if (refused != cudaSuccess) return (int)refused;
     }
     kernel<<<blocks, threads, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);

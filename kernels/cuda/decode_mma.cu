@@ -10,6 +10,14 @@
 
 constexpr int ROWS = 128, WARPS = 8, THREADS = 32 * WARPS, STEP = 64, STRIDE = STEP + 8, FEW = 16, MANY = 128, BASIS_BYTES = 32 << 10;
 
+// Two blocks a multiprocessor, so that one multiplies while the other decodes, where 128 registers are enough: not on sm_80, not with a
+// residual.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+constexpr int BLOCKS = 1;
+#else
+constexpr int BLOCKS = 2;
+#endif
+
 template <int TOKENS>
 struct Tiles {
     uint16_t w[ROWS][STRIDE], x[TOKENS][STRIDE];
@@ -28,7 +36,7 @@ struct decode_arguments {
 };
 
 // Columns col .. col+7 of row i: all in one group, or (SPAN 1) one by one.
-template <class Act, int SPAN>
+template <class Act, int SPAN, bool RESIDUAL>
 CU_DEVICE void decode8(const decode_arguments &a, const float *basis, int64_t i, int64_t col, uint16_t *to) {
     const rbe_cu_codes &codes = a.codes;
     const float gain = a.gain[i];
@@ -48,15 +56,16 @@ CU_DEVICE void decode8(const decode_arguments &a, const float *basis, int64_t i,
         for (int c = 0; c < SPAN; ++c) {
             const int64_t j = col + c0 + c;
             float value = j < codes.cols ? gain * sum[c] : 0.0f;
-            if (a.residual.kind != RBE_RESIDUAL_NONE && j < codes.cols) value += cu_residual<float>(a.residual, codes.cols, i, j);
+            if (RESIDUAL && j < codes.cols) value += cu_residual<float>(a.residual, codes.cols, i, j);
             to[c0 + c] = Act::store(value);
         }
     }
 }
 
-template <class Act, int TOKENS, int SPAN>
+template <class Act, int TOKENS, int SPAN, bool RESIDUAL>
 CU_DEVICE void fill(const decode_arguments &a, const float *basis, Tiles<TOKENS> *tiles, int64_t row0, int64_t t0, int64_t col) {
     const int64_t cols = a.codes.cols;
+    CU_NO_UNROLL
     for (int p = (int)threadIdx.x; p < TOKENS * (STEP / 8); p += THREADS) {
         const int t = p / (STEP / 8), c = p % (STEP / 8) * 8;
         const bool there = t0 + t < a.tokens;
@@ -68,16 +77,17 @@ CU_DEVICE void fill(const decode_arguments &a, const float *basis, Tiles<TOKENS>
         }
     }
     cu_cp_commit();
+    CU_NO_UNROLL
     for (int p = (int)threadIdx.x; p < ROWS * (STEP / 8); p += THREADS) {
         const int r = p / (STEP / 8), c = p % (STEP / 8) * 8;
         const int64_t i = row0 + r < a.codes.rows ? row0 + r : a.codes.rows - 1;  // rows beyond the last are not stored
-        decode8<Act, SPAN>(a, basis, i, col + c, &tiles->w[r][c]);
+        decode8<Act, SPAN, RESIDUAL>(a, basis, i, col + c, &tiles->w[r][c]);
     }
     cu_cp_wait(0);
 }
 
-template <class Act, int TOKENS, int SPAN>
-static __global__ void __launch_bounds__(THREADS, TOKENS == FEW || SPAN == 1 ? 1 : 2) decode_mma(decode_arguments a) {
+template <class Act, int TOKENS, int SPAN, bool RESIDUAL>
+static __global__ void __launch_bounds__(THREADS, TOKENS == FEW || RESIDUAL ? 1 : BLOCKS) decode_mma(decode_arguments a) {
     CU_DYNAMIC_SHARED(Tiles<TOKENS>, tiles);
     float *shared_basis = (float *)(tiles + 1);
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
@@ -90,7 +100,7 @@ static __global__ void __launch_bounds__(THREADS, TOKENS == FEW || SPAN == 1 ? 1
     const int64_t end = (split + 1) * share < steps ? (split + 1) * share : steps;
     for (int64_t step = split * share; step < end; ++step) {
         __syncthreads();  // the basis is there; no warp reads the tiles of the step before
-        fill<Act, TOKENS, SPAN>(a, basis, tiles, row0, t0, step * STEP);
+        fill<Act, TOKENS, SPAN, RESIDUAL>(a, basis, tiles, row0, t0, step * STEP);
         __syncthreads();
         CU_UNROLL
         for (int c = 0; c < STEP; c += 16) {
@@ -117,23 +127,27 @@ static __global__ void __launch_bounds__(THREADS, TOKENS == FEW || SPAN == 1 ? 1
     }
 }
 
-template <class Act, int TOKENS, int SPAN>
+template <class Act, int TOKENS, int SPAN, bool RESIDUAL>
 static int run(const decode_arguments &a, void *stream) {
-    const size_t bytes = sizeof(Tiles<TOKENS>) + (a.basis_in_shared ? sizeof(float) * a.codes.stages * RBE_BASIS_VECTORS * a.codes.group : 0);
+    const size_t bytes =
+        sizeof(Tiles<TOKENS>) + (a.basis_in_shared ? sizeof(float) * a.codes.stages * RBE_BASIS_VECTORS * a.codes.group : 0);
     const dim3 blocks((unsigned)((a.codes.rows + ROWS - 1) / ROWS), (unsigned)((a.tokens + TOKENS - 1) / TOKENS), (unsigned)a.splits);
-    return cu_launch(decode_mma<Act, TOKENS, SPAN>, blocks, dim3(THREADS), bytes, (cudaStream_t)stream, a);
+    return cu_launch(decode_mma<Act, TOKENS, SPAN, RESIDUAL>, blocks, dim3(THREADS), bytes, (cudaStream_t)stream, a);
 }
 
 template <class Act>
 static int sized(const decode_arguments &a, void *stream) {
-    if (a.codes.group % 8) return a.tokens > 3 * FEW ? run<Act, MANY, 1>(a, stream) : run<Act, FEW, 1>(a, stream);
-    return a.tokens > 3 * FEW ? run<Act, MANY, 8>(a, stream) : run<Act, FEW, 8>(a, stream);
+    const bool many = a.tokens > 3 * FEW;
+    if (a.codes.group % 8) return many ? run<Act, MANY, 1, true>(a, stream) : run<Act, FEW, 1, true>(a, stream);
+    if (a.residual.kind != RBE_RESIDUAL_NONE) return many ? run<Act, MANY, 8, true>(a, stream) : run<Act, FEW, 8, true>(a, stream);
+    return many ? run<Act, MANY, 8, false>(a, stream) : run<Act, FEW, 8, false>(a, stream);
 }
 
 // Enough blocks for two a multiprocessor, each with at least 4 steps.
 int64_t rbe_cu_decode_mma_splits(const rbe_cu_codes *codes, int64_t tokens) {
     const int64_t tile = tokens > 3 * FEW ? MANY : FEW, steps = (codes->cols + STEP - 1) / STEP;
-    const int64_t blocks = (codes->rows + ROWS - 1) / ROWS * ((tokens + tile - 1) / tile), wanted = 2 * (int64_t)cu_multiprocessors() / blocks;
+    const int64_t blocks = (codes->rows + ROWS - 1) / ROWS * ((tokens + tile - 1) / tile),
+                  wanted = 2 * (int64_t)cu_multiprocessors() / blocks;
     const int64_t most = steps / 4 < 16 ? steps / 4 : 16;
     return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
 }
@@ -141,7 +155,19 @@ int64_t rbe_cu_decode_mma_splits(const rbe_cu_codes *codes, int64_t tokens) {
 int rbe_cu_decode_mma(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, const float *gain, const float *bias,
                       const rbe_cu_residual *residual, const rbe_cu_matrix *y, int64_t splits, float *partial, void *stream) {
     const int64_t basis_bytes = (int64_t)sizeof(float) * codes->stages * RBE_BASIS_VECTORS * codes->group;
-    const decode_arguments a = {*codes, *residual, (const uint16_t *)x->data, x->stride, x->rows, ((uintptr_t)x->data & 15) == 0 && x->stride % 8 == 0,
-                         basis_bytes <= BASIS_BYTES, basis, gain, bias, (uint16_t *)y->data, y->stride, splits, splits > 1 ? partial : NULL};
+    const decode_arguments a = {*codes,
+                                *residual,
+                                (const uint16_t *)x->data,
+                                x->stride,
+                                x->rows,
+                                ((uintptr_t)x->data & 15) == 0 && x->stride % 8 == 0,
+                                basis_bytes <= BASIS_BYTES,
+                                basis,
+                                gain,
+                                bias,
+                                (uint16_t *)y->data,
+                                y->stride,
+                                splits,
+                                splits > 1 ? partial : NULL};
     return x->dtype == RBE_BF16 ? sized<cu_bf16>(a, stream) : sized<cu_f16>(a, stream);
 }

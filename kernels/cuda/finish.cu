@@ -8,8 +8,8 @@
 constexpr int ROWS = 32, SHARES = 8;
 
 template <class Real>
-static __global__ void finish_codes(rbe_cu_codes codes, const Real *d, const Real *scale, int64_t pitch, const Real *gain, Real *dgain, Real *dscale,
-                                    Real *damplitude) {
+static __global__ void finish_codes(rbe_cu_codes codes, const Real *d, const Real *scale, int64_t pitch, const Real *gain, Real *dgain,
+                                    Real *dscale, Real *damplitude) {
     CU_SHARED(Real, part, [SHARES][ROWS]);
     const int tx = (int)threadIdx.x, ty = (int)threadIdx.y;
     const int64_t i = (int64_t)blockIdx.x * ROWS + tx, count = codes.groups * codes.stages;
@@ -31,12 +31,12 @@ static __global__ void finish_codes(rbe_cu_codes codes, const Real *d, const Rea
     dgain[i] = sum;
 }
 
-int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *scale, int64_t pitch, const void *gain, void *dgain, void *dscale,
-                        void *damplitude, void *stream) {
+int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *scale, int64_t pitch, const void *gain, void *dgain,
+                        void *dscale, void *damplitude, void *stream) {
     const dim3 blocks((unsigned)((codes->rows + ROWS - 1) / ROWS)), threads(ROWS, SHARES);
     return codes->real == RBE_F64
-               ? cu_launch(finish_codes<double>, blocks, threads, 0, (cudaStream_t)stream, *codes, (const double *)d, (const double *)scale, pitch,
-                           (const double *)gain, (double *)dgain, (double *)dscale, (double *)damplitude)
-               : cu_launch(finish_codes<float>, blocks, threads, 0, (cudaStream_t)stream, *codes, (const float *)d, (const float *)scale, pitch,
-                           (const float *)gain, (float *)dgain, (float *)dscale, (float *)damplitude);
+               ? cu_launch(finish_codes<double>, blocks, threads, 0, (cudaStream_t)stream, *codes, (const double *)d, (const double *)scale,
+                           pitch, (const double *)gain, (double *)dgain, (double *)dscale, (double *)damplitude)
+               : cu_launch(finish_codes<float>, blocks, threads, 0, (cudaStream_t)stream, *codes, (const float *)d, (const float *)scale,
+                           pitch, (const float *)gain, (float *)dgain, (float *)dscale, (float *)damplitude);
 }

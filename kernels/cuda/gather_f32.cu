@@ -2,8 +2,8 @@
 //
 //     y[t, i] = gain[i] sum over q of scale(i, q) table[q, idx(i, q), t] + bias[i]
 //
-// A block has 32 tokens and 512 rows; a warp 32 rows, a lane one token and 32 sums. The tile of a q, 256 x 32 floats, comes by cp.async while
-// the tile before is gathered; a gather reads 32 neighbouring words, so no banks conflict.
+// A block has 32 tokens and 512 rows; a warp 32 rows, a lane one token and 32 sums. The tile of a q, 256 x 32 floats, comes by cp.async
+// while the tile before is gathered; a gather reads 32 neighbouring words, so no banks conflict.
 #include "cu.h"
 #include "launch.h"
 
@@ -37,8 +37,10 @@ static __global__ void __launch_bounds__(THREADS) gather_f32(gather_arguments a)
             const int j = p / (TOKENS / 4), t = p % (TOKENS / 4) * 4;
             if (t0 + t < a.pitch_t) cu_cp_async16(&shared->table[q & 1][j][t], from + (int64_t)j * a.pitch_t + t);
         }
-        if ((int)threadIdx.x < ROWS / 4) cu_cp_async16(&shared->scale[q & 1][4 * threadIdx.x], a.scale + q * a.pitch + row0 + 4 * threadIdx.x);
-        if ((int)threadIdx.x < ROWS / 16) cu_cp_async16(&shared->idx[q & 1][16 * threadIdx.x], a.idx + q * a.pitch + row0 + 16 * threadIdx.x);
+        if ((int)threadIdx.x < ROWS / 4)
+            cu_cp_async16(&shared->scale[q & 1][4 * threadIdx.x], a.scale + q * a.pitch + row0 + 4 * threadIdx.x);
+        if ((int)threadIdx.x < ROWS / 16)
+            cu_cp_async16(&shared->idx[q & 1][16 * threadIdx.x], a.idx + q * a.pitch + row0 + 16 * threadIdx.x);
         cu_cp_commit();
     };
     load(0);
@@ -61,8 +63,8 @@ static __global__ void __launch_bounds__(THREADS) gather_f32(gather_arguments a)
     }
 }
 
-int rbe_cu_gather_f32(const float *table, int64_t pitch_t, const uint8_t *idx, const float *scale, int64_t pitch, int64_t rows, int64_t count,
-                      const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream) {
+int rbe_cu_gather_f32(const float *table, int64_t pitch_t, const uint8_t *idx, const float *scale, int64_t pitch, int64_t rows,
+                      int64_t count, const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream) {
     const gather_arguments a = {table, y->rows, pitch_t, idx, scale, pitch, rows, count, gain, bias, (float *)y->data, y->stride};
     const dim3 blocks((unsigned)((y->rows + TOKENS - 1) / TOKENS), (unsigned)((rows + ROWS - 1) / ROWS));
     return cu_launch(gather_f32, blocks, dim3(THREADS), sizeof(gather_shared), (cudaStream_t)stream, a);

@@ -1,11 +1,12 @@
 // The CUDA kernels as C functions: each launches on a stream and returns CUDA's error code, 0 where the launch was accepted.
 //
-// Everything pointed to lies on the device. Nothing waits for the device, allocates, or keeps state, so a call can be captured in a graph; the
-// exception is named. Results do not depend on the number of blocks that run at once, and two runs give the same bits: no atomic adds.
-// Memory is safe whatever the values of codes are: idx is 8 bits, a curve 5, an amplitude 8, and a sparse column outside the row is left out.
+// Everything pointed to lies on the device. Nothing waits for the device, allocates, or keeps state, so a call can be captured in a graph;
+// the exception is named. Results do not depend on the number of blocks that run at once, and two runs give the same bits: no atomic adds.
+// Memory is safe whatever the values of codes are: idx is 8 bits, a curve 5, an amplitude 8, and a sparse column outside the row is left
+// out.
 //
-// Letters: m rows, n columns, g group, K groups, M stages, Q = K*M codes a row, q = k*M + s, T tokens. Unpacked codes lie q after q: [Q, pitch]
-// with pitch >= m, so that a kernel that passes over rows reads memory in order.
+// Letters: m rows, n columns, g group, K groups, M stages, Q = K*M codes a row, q = k*M + s, T tokens. Unpacked codes lie q after q: [Q,
+// pitch] with pitch >= m, so that a kernel that passes over rows reads memory in order.
 #ifndef RBE_CUDA_LAUNCH_H
 #define RBE_CUDA_LAUNCH_H
 
@@ -77,7 +78,8 @@ int rbe_cu_transpose(const rbe_cu_matrix *from, const rbe_cu_matrix *to, void *s
 // basis [M, 256, g] float32 -> half [M, 256, depth], padded with zeros
 int rbe_cu_narrow_basis(const float *basis, int64_t vectors, int32_t group, int32_t depth, rbe_dtype dtype, uint16_t *out, void *stream);
 // y[t, i] = alpha of row i (or 1) times in[t, i] + bias[i] (or 0); in: splits [T, m] of float32 or float64 added in order.
-int rbe_cu_finish_product(const void *in, rbe_dtype real, int64_t splits, const void *gain, const void *bias, const rbe_cu_matrix *y, void *stream);
+int rbe_cu_finish_product(const void *in, rbe_dtype real, int64_t splits, const void *gain, const void *bias, const rbe_cu_matrix *y,
+                          void *stream);
 // out[j] = sum over t of a[t, j]
 int rbe_cu_column_sums(const rbe_cu_matrix *a, rbe_dtype real, void *out, void *stream);
 // out[p] = sum over splits of in[split, p], in order
@@ -86,15 +88,17 @@ int rbe_cu_sum_splits(const void *in, rbe_dtype real, int64_t splits, int64_t co
 // ---- forward of codes with a table ----
 // Up to 16 tokens (token.cu): table [T, Q, 256] float32, then y[t, i] = gain[i] sum over q of scale table[t, q, idx] + bias[i].
 int rbe_cu_token_table(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, float *table, void *stream);
-int rbe_cu_token_gather(const rbe_cu_codes *codes, const float *table, const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream);
+int rbe_cu_token_gather(const rbe_cu_codes *codes, const float *table, const float *gain, const float *bias, const rbe_cu_matrix *y,
+                        void *stream);
 // Many tokens of a half type (tiles_half.cu): the table of a tile of tokens lives in shared memory and is made by tensor cores. basis as
 // rbe_cu_narrow_basis made it, depth a multiple of 16; codes as `mixed`, pitch a multiple of RBE_CU_ROWS.
 enum { RBE_CU_ROWS = 512 };
 int rbe_cu_tiles_half(const rbe_cu_matrix *x, const uint16_t *basis, int32_t depth, int32_t group, int32_t stages, const uint32_t *mixed,
                       int64_t pitch, int64_t rows, const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream);
-// Many tokens of float32 (gather_f32.cu): table [Q, 256, pitch_t] comes from a dense product; pitch_t a multiple of 4, pitch of RBE_CU_ROWS.
-int rbe_cu_gather_f32(const float *table, int64_t pitch_t, const uint8_t *idx, const float *scale, int64_t pitch, int64_t rows, int64_t count,
-                      const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream);
+// Many tokens of float32 (gather_f32.cu): table [Q, 256, pitch_t] comes from a dense product; pitch_t a multiple of 4, pitch of
+// RBE_CU_ROWS.
+int rbe_cu_gather_f32(const float *table, int64_t pitch_t, const uint8_t *idx, const float *scale, int64_t pitch, int64_t rows,
+                      int64_t count, const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream);
 // rbe8 at 1 to 4 tokens (lookup.cu): splits of columns, each [T, m] float32; rbe_cu_finish_product adds them.
 int64_t rbe_cu_lookup_splits(const rbe_cu_codes *codes, int64_t tokens);
 int rbe_cu_lookup(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, float *partial, void *stream);
@@ -116,11 +120,11 @@ int rbe_cu_backward_table(const int32_t *order, const int32_t *start, const floa
 // dbasis [splits, M, 256, g] = sum over codes of gain scale dw.
 int rbe_cu_dense_d(const rbe_cu_codes *codes, const void *dw, const void *basis, void *d, int64_t pitch, void *stream);
 int64_t rbe_cu_dense_basis_splits(const rbe_cu_codes *codes);
-int rbe_cu_dense_basis(const rbe_cu_codes *codes, const void *dw, const int32_t *order, const int32_t *start, const void *scale, int64_t pitch,
-                       const void *gain, bool accumulate, int64_t splits, void *partial, void *stream);
+int rbe_cu_dense_basis(const rbe_cu_codes *codes, const void *dw, const int32_t *order, const int32_t *start, const void *scale,
+                       int64_t pitch, const void *gain, bool accumulate, int64_t splits, void *partial, void *stream);
 // dgain[i] = sum over q of scale d; dscale and damplitude [m, Q] (finish.cu); NULL: not wanted.
-int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *scale, int64_t pitch, const void *gain, void *dgain, void *dscale,
-                        void *damplitude, void *stream);
+int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *scale, int64_t pitch, const void *gain, void *dgain,
+                        void *dscale, void *damplitude, void *stream);
 
 // ---- the device (convert.cu) ----
 // Makes `device` current and returns the one that was, or -1.

@@ -4,8 +4,8 @@
 //         table[q, j, t] = <basis[s, j], x[t, k-th group]>            64 KiB
 //         partial[split, t, i] = sum over the run's q of table[q, idx(i, q), t]
 //
-// The runs are added, times gain and plus bias, by rbe_cu_finish_product. A thread takes 16 codes of a row in one 16-byte load (where codes lie
-// so; else one by one) and has AHEAD rows in flight.
+// The runs are added, times gain and plus bias, by rbe_cu_finish_product. A thread takes 16 codes of a row in one 16-byte load (where codes
+// lie so; else one by one) and has AHEAD rows in flight.
 #include "codes.cuh"
 
 constexpr int RUN = 64, PER_LOAD = 16, THREADS = 256, AHEAD = 4, FEWEST_ROWS = 256;
@@ -33,7 +33,8 @@ CU_DEVICE cu_vector16 load_codes(const rbe_cu_codes &codes, bool aligned, int64_
         CU_NO_UNROLL
         for (int c = 4 * w; c < 4 * w + 4 && c < some; ++c) {
             const int64_t at = q + c;
-            const uint32_t idx = codes.words ? cu_idx((uint32_t)codes.words[i * codes.groups * codes.stages + at]) : codes.packed[i * codes.packed_stride + at];
+            const uint32_t idx = codes.words ? cu_idx((uint32_t)codes.words[i * codes.groups * codes.stages + at])
+                                             : codes.packed[i * codes.packed_stride + at];
             bits |= idx << 8 * (c & 3);
         }
         v.word[w] = bits;
@@ -91,8 +92,8 @@ CU_DEVICE void make_table(const rbe_cu_codes &codes, const rbe_cu_matrix &x, int
 }
 
 template <int TOKENS>
-static __global__ void __launch_bounds__(THREADS) lookup(rbe_cu_codes codes, rbe_cu_matrix x, int64_t rows_a_block, bool aligned, const float *basis,
-                                                         float *partial) {
+static __global__ void __launch_bounds__(THREADS)
+    lookup(rbe_cu_codes codes, rbe_cu_matrix x, int64_t rows_a_block, bool aligned, const float *basis, float *partial) {
     constexpr int CODES = RUN / TOKENS, LOADS = CODES / PER_LOAD;  // threads that share a row
     CU_DYNAMIC_SHARED(Sums<TOKENS>, table);
     float *columns = (float *)(table + CODES * RBE_BASIS_VECTORS);
@@ -147,8 +148,8 @@ static int run(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *b
     const int64_t rows_a_block = (codes->rows + tiles - 1) / tiles;
     const bool aligned = codes->packed && ((uintptr_t)codes->packed & 15) == 0 && codes->packed_stride % 16 == 0;
     const size_t bytes = sizeof(float) * (RUN * RBE_BASIS_VECTORS + (size_t)(RUN / TOKENS / codes->stages + 2) * codes->group * TOKENS);
-    return cu_launch(lookup<TOKENS>, dim3((unsigned)((codes->rows + rows_a_block - 1) / rows_a_block), (unsigned)splits), dim3(THREADS), bytes,
-                     (cudaStream_t)stream, *codes, *x, rows_a_block, aligned, basis, partial);
+    return cu_launch(lookup<TOKENS>, dim3((unsigned)((codes->rows + rows_a_block - 1) / rows_a_block), (unsigned)splits), dim3(THREADS),
+                     bytes, (cudaStream_t)stream, *codes, *x, rows_a_block, aligned, basis, partial);
 }
 
 int rbe_cu_lookup(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, float *partial, void *stream) {

@@ -34,7 +34,8 @@ static __global__ void check_words(rbe_cu_codes codes, uint32_t fixed, uint32_t 
     const uint32_t word = (uint32_t)codes.words[at];
     bool bad = ((word ^ constant) & fixed) != 0;
     if (codes.seeded)
-        bad = bad || cu_idx(word) != cu_seeded_idx(codes.seed, codes.first + (uint32_t)(at / count) * codes.row_step + (uint32_t)(at % count));
+        bad = bad ||
+              cu_idx(word) != cu_seeded_idx(codes.seed, codes.first + (uint32_t)(at / count) * codes.row_step + (uint32_t)(at % count));
     if (bad) atomicMin(first_bad, (unsigned long long)at);  // the lowest place, whatever the order
 }
 
@@ -48,7 +49,8 @@ static __global__ void set_none(unsigned long long *first_bad) { *first_bad = ~0
 
 int rbe_cu_pack(const rbe_cu_codes *codes, uint8_t *packed, int64_t packed_stride, void *stream) {
     const int64_t bytes = (codes->groups * codes->stages * codes->bits + 7) / 8;
-    return cu_launch(pack, dim3((unsigned)blocks_of(codes->rows * bytes)), dim3(THREADS), 0, (cudaStream_t)stream, *codes, bytes, packed, packed_stride);
+    return cu_launch(pack, dim3((unsigned)blocks_of(codes->rows * bytes)), dim3(THREADS), 0, (cudaStream_t)stream, *codes, bytes, packed,
+                     packed_stride);
 }
 
 int rbe_cu_unpack_words(const rbe_cu_codes *codes, int32_t *words, void *stream) {
@@ -62,9 +64,10 @@ int rbe_cu_check_codes(const rbe_cu_codes *codes, unsigned long long *scratch, u
     const uint32_t constant = rbe_field_constant(codes->field), fixed = ~rbe_field_mask(codes->field) | constant;
     int error = cu_launch(set_none, dim3(1), dim3(1), 0, (cudaStream_t)stream, scratch);
     if (!error && codes->words)
-        error = cu_launch(check_words, dim3((unsigned)blocks_of(codes->rows * count)), dim3(THREADS), 0, (cudaStream_t)stream, *codes, fixed, constant,
-                          scratch);
+        error = cu_launch(check_words, dim3((unsigned)blocks_of(codes->rows * count)), dim3(THREADS), 0, (cudaStream_t)stream, *codes,
+                          fixed, constant, scratch);
     if (!error && codes->packed && used)
-        error = cu_launch(check_padding, dim3((unsigned)blocks_of(codes->rows)), dim3(THREADS), 0, (cudaStream_t)stream, *codes, bytes, used, scratch);
+        error = cu_launch(check_padding, dim3((unsigned)blocks_of(codes->rows)), dim3(THREADS), 0, (cudaStream_t)stream, *codes, bytes,
+                          used, scratch);
     return error ? error : cu_copy_to_host(first_bad, scratch, sizeof *first_bad, (cudaStream_t)stream);
 }

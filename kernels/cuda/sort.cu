@@ -14,7 +14,8 @@ CU_DEVICE unsigned lanes_alike(bool there, uint8_t idx) {
     return there ? alike : 0u;
 }
 
-static __global__ void __launch_bounds__(THREADS) sort_rows(const uint8_t *idx, int64_t pitch, int64_t rows, int32_t *order, int32_t *start) {
+static __global__ void __launch_bounds__(THREADS)
+    sort_rows(const uint8_t *idx, int64_t pitch, int64_t rows, int32_t *order, int32_t *start) {
     CU_SHARED(int32_t, next, [WARPS][RBE_BASIS_VECTORS]);
     CU_SHARED(int32_t, total, [RBE_BASIS_VECTORS]);
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, j = (int)threadIdx.x;

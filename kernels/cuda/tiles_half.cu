@@ -6,8 +6,8 @@
 //     y[t, i] = gain[i] sum[i, t] + bias[i]
 //
 // The product with the basis goes in steps of 64 columns. A step's x, codes and (where it is another one) basis come by cp.async while the
-// gather of the step before runs. Bank conflicts: rows of 72 halves put ldmatrix's eight rows on eight groups of banks, rows of 36 words the
-// table's stores; a gather reads 32 neighbouring words.
+// gather of the step before runs. Bank conflicts: rows of 72 halves put ldmatrix's eight rows on eight groups of banks, rows of 36 words
+// the table's stores; a gather reads 32 neighbouring words.
 #include "cu.h"
 #include "launch.h"
 
@@ -39,6 +39,7 @@ struct tiles_arguments {
 CU_DEVICE void load_x(const tiles_arguments &a, tiles_shared *shared, int64_t t0, int64_t k, int part, int width) {
     const int64_t first = k * a.group;
     const int inside = (int)(a.cols - first < a.group ? a.cols - first : a.group);
+    CU_NO_UNROLL
     for (int p = (int)threadIdx.x; p < TOKENS * (STEP / 8); p += THREADS) {
         const int t = p / (STEP / 8), c = p % (STEP / 8) * 8, e = part * STEP + c;
         if (c >= width) continue;
@@ -55,6 +56,7 @@ CU_DEVICE void load_x(const tiles_arguments &a, tiles_shared *shared, int64_t t0
 
 CU_DEVICE void load_basis(const tiles_arguments &a, tiles_shared *shared, int stage, int part, int width) {
     const uint16_t *from = a.basis + (int64_t)stage * RBE_BASIS_VECTORS * a.depth + part * STEP;
+    CU_NO_UNROLL
     for (int p = (int)threadIdx.x; p < RBE_BASIS_VECTORS * (STEP / 8); p += THREADS) {
         const int j = p / (STEP / 8), c = p % (STEP / 8) * 8;
         if (c < width) cu_cp_async16(&shared->basis[j][c], from + (int64_t)j * a.depth + c);
@@ -65,6 +67,7 @@ CU_DEVICE void load_basis(const tiles_arguments &a, tiles_shared *shared, int st
 template <class Act>
 CU_DEVICE void multiply(const tiles_shared *shared, int width, float (*sum)[4]) {
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    CU_NO_UNROLL
     for (int c = 0; c < width; c += 16) {
         uint32_t vectors[4];
         cu_ldmatrix_x4(vectors, &shared->basis[16 * warp + (lane & 15)][c + (lane >> 4) * 8]);
@@ -141,24 +144,31 @@ static __global__ void __launch_bounds__(THREADS, 1) tiles_half(tiles_arguments 
     float sum[TOKENS / 8][4] = {}, y[WARP_ROWS][2] = {};
     int loaded = -1;  // stage and step of the basis in shared memory
 
-    const auto load = [&](int64_t q, int part) {
-        const int stage = (int)(q % a.stages), width = a.depth - part * STEP < STEP ? a.depth - part * STEP : STEP;
-        load_x(a, shared, t0, q / a.stages, part, width);
+    const auto load = [&](int64_t q, int64_t k, int stage, int part) {
+        const int width = a.depth - part * STEP < STEP ? a.depth - part * STEP : STEP;
+        load_x(a, shared, t0, k, part, width);
         if (loaded != stage * parts + part) load_basis(a, shared, stage, part, width);
         loaded = stage * parts + part;
         if (part == 0 && (int)threadIdx.x < ROWS / 4)
             cu_cp_async16(&shared->codes[q & 1][4 * threadIdx.x], a.codes + q * a.pitch + row0 + 4 * threadIdx.x);
         cu_cp_commit();
     };
-    load(0, 0);
+    load(0, 0, 0, 0);
+    int64_t k = 0;
+    int stage = 0;
     for (int64_t q = 0; q < a.count; ++q) {
+        CU_NO_UNROLL
         for (int part = 0; part < parts; ++part) {
             cu_cp_wait(0);
             __syncthreads();  // the step's data is there, and no warp gathers from the table any more
             multiply<Act>(shared, a.depth - part * STEP < STEP ? a.depth - part * STEP : STEP, sum);
             __syncthreads();  // its buffers are free
-            if (part + 1 < parts) load(q, part + 1);
-            else if (q + 1 < a.count) load(q + 1, 0);
+            const bool last = part + 1 == parts;
+            if (last && ++stage == a.stages) {
+                stage = 0;
+                ++k;
+            }
+            if (!last || q + 1 < a.count) load(last ? q + 1 : q, k, stage, last ? 0 : part + 1);
         }
         store_table(shared, sum);
         __syncthreads();
@@ -169,10 +179,24 @@ static __global__ void __launch_bounds__(THREADS, 1) tiles_half(tiles_arguments 
 
 int rbe_cu_tiles_half(const rbe_cu_matrix *x, const uint16_t *basis, int32_t depth, int32_t group, int32_t stages, const uint32_t *mixed,
                       int64_t pitch, int64_t rows, const float *gain, const float *bias, const rbe_cu_matrix *y, void *stream) {
-    const tiles_arguments a = {(const uint16_t *)x->data, x->stride, x->rows, x->cols,
-                         ((uintptr_t)x->data & 15) == 0 && x->stride % 8 == 0 && group % 8 == 0,
-                         basis, depth, group, stages, mixed, pitch, rows, (x->cols + group - 1) / group * stages, gain, bias, y->data, y->stride,
-                         ((uintptr_t)y->data & 15) == 0 && y->stride % 8 == 0};
+    const tiles_arguments a = {(const uint16_t *)x->data,
+                               x->stride,
+                               x->rows,
+                               x->cols,
+                               ((uintptr_t)x->data & 15) == 0 && x->stride % 8 == 0 && group % 8 == 0,
+                               basis,
+                               depth,
+                               group,
+                               stages,
+                               mixed,
+                               pitch,
+                               rows,
+                               (x->cols + group - 1) / group * stages,
+                               gain,
+                               bias,
+                               y->data,
+                               y->stride,
+                               ((uintptr_t)y->data & 15) == 0 && y->stride % 8 == 0};
     const dim3 blocks((unsigned)((x->rows + TOKENS - 1) / TOKENS), (unsigned)((rows + ROWS - 1) / ROWS));
     return x->dtype == RBE_BF16 ? cu_launch(tiles_half<cu_bf16>, blocks, dim3(THREADS), sizeof(tiles_shared), (cudaStream_t)stream, a)
                                 : cu_launch(tiles_half<cu_f16>, blocks, dim3(THREADS), sizeof(tiles_shared), (cudaStream_t)stream, a);

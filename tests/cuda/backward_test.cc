@@ -154,7 +154,8 @@ TEST(CudaBackward, Float64ComputesInFloat64) {
         Matrix x(RBE_F64, 3, 40), dy(RBE_F64, 3, 13), dx(RBE_F64, 3, 40), true_dx(RBE_F64, 3, 40);
         x.fill(random);
         dy.fill(random);
-        std::vector<double> got[3] = {std::vector<double>(basis.size()), std::vector<double>(13), std::vector<double>(13)}, truth[3] = {got[0], got[1], got[2]};
+        std::vector<double> got[3] = {std::vector<double>(basis.size()), std::vector<double>(13), std::vector<double>(13)},
+                            truth[3] = {got[0], got[1], got[2]};
         const rbe_gradients out = {&dx.view, got[0].data(), got[1].data(), got[2].data(), nullptr, nullptr};
         const rbe_gradients want = {&true_dx.view, truth[0].data(), truth[1].data(), truth[2].data(), nullptr, nullptr};
         Device device;
@@ -163,7 +164,8 @@ TEST(CudaBackward, Float64ComputesInFloat64) {
         ASSERT_EQ(rbe_cuda_linear_backward(&w, &dy.view, &x.view, &out, &device.device, &err), RBE_OK) << err.text;
         expect_near(dx, true_dx, 1e-13, layout);
         for (int g = 0; g < 3; ++g)
-            for (size_t i = 0; i < got[g].size(); ++i) ASSERT_NEAR(got[g][i], truth[g][i], 1e-12 * rms(truth[g])) << layout << " gradient " << g;
+            for (size_t i = 0; i < got[g].size(); ++i)
+                ASSERT_NEAR(got[g][i], truth[g][i], 1e-12 * rms(truth[g])) << layout << " gradient " << g;
     }
 }
 

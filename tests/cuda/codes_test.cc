@@ -119,7 +119,8 @@ TEST(CudaCodes, CopiesFollowStridesAndConvert) {
     ASSERT_EQ(rbe_cu_copy(&view, true, got.data(), RBE_BF16, nullptr), 0);
     for (int a = 0; a < 3; ++a)
         for (int b = 0; b < 2; ++b)
-            for (int c = 0; c < 5; ++c) ASSERT_EQ(got[(size_t)((a * 2 + b) * 5 + c)], rbe_reference_f64_to_bf16(from[(size_t)(4 + a * 20 + b * 60 - c)]));
+            for (int c = 0; c < 5; ++c)
+                ASSERT_EQ(got[(size_t)((a * 2 + b) * 5 + c)], rbe_reference_f64_to_bf16(from[(size_t)(4 + a * 20 + b * 60 - c)]));
 }
 
 TEST(CudaCodes, SortedRowsAreStable) {
@@ -155,20 +156,23 @@ TEST(CudaCodes, GradientsOfADecodedWeightAreThoseOfTheCpu) {
                 double sum = 0;
                 for (int64_t j = 0; j < 45; ++j)
                     for (int64_t s = 0; s < weight.w.layout.stages; ++s)
-                        sum += dense[(size_t)(i * 45 + j)] * rbe_reference_code_scale(&weight.w, i, j / 8, s) * rbe_reference_code_element(&weight.w, i, j / 8, s, j % 8);
+                        sum += dense[(size_t)(i * 45 + j)] * rbe_reference_code_scale(&weight.w, i, j / 8, s) *
+                               rbe_reference_code_element(&weight.w, i, j / 8, s, j % 8);
                 true_gain[(size_t)i] = (float)sum;
                 for (int64_t j = 0; j < 45; ++j) {
                     for (int64_t s = 0; s < weight.w.layout.stages; ++s) {
                         const uint32_t word = rbe_reference_word(&weight.w, i, j / 8, s);
                         const bool negated = weight.w.layout.field == RBE_FIELD_RBE16S && (word >> (j % 8) & 1u);
-                        const double value = weight.gain[(size_t)i] * rbe_reference_code_scale(&weight.w, i, j / 8, s) * dense[(size_t)(i * 45 + j)];
+                        const double value =
+                            weight.gain[(size_t)i] * rbe_reference_code_scale(&weight.w, i, j / 8, s) * dense[(size_t)(i * 45 + j)];
                         true_basis[(size_t)((s * 256 + rbe_word_idx(word)) * 8 + j % 8)] += (float)(negated ? -value : value);
                     }
                 }
             }
             Device device;
             rbe_error err;
-            ASSERT_EQ(rbe_cuda_decode_backward(&weight.w, dense.data(), basis.data(), gain.data(), &device.device, &err), RBE_OK) << err.text;
+            ASSERT_EQ(rbe_cuda_decode_backward(&weight.w, dense.data(), basis.data(), gain.data(), &device.device, &err), RBE_OK)
+                << err.text;
             expect_near(gain, true_gain, kFloat32Error, layout);
             expect_near(basis, true_basis, kFloat32Error, layout);
         }

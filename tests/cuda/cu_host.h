@@ -1,7 +1,7 @@
 // The CUDA dialect of kernels/cuda/cu.h for a C++ compiler: every kernel runs on the CPU, one fiber per CUDA thread.
 //
-// Each macro or function here is the software twin of one instruction or keyword there. The runtime behind it (emu.cc, emu_warp.cc) is compiled
-// without sanitizers; the kernels are compiled with whichever the build asks for, so AddressSanitizer sees reads past an array and
+// Each macro or function here is the software twin of one instruction or keyword there. The runtime behind it (emu.cc, emu_warp.cc) is
+// compiled without sanitizers; the kernels are compiled with whichever the build asks for, so AddressSanitizer sees reads past an array and
 // ThreadSanitizer sees two threads of a kernel touch one address with no barrier between them.
 #pragma once
 
@@ -99,7 +99,8 @@ T shuffle(const Site &site, Warp operation, unsigned mask, T value, int argument
 #define __shfl_xor_sync(...) ::emu::shuffle(EMU_SITE("__shfl_xor_sync"), ::emu::Warp::shfl_xor, __VA_ARGS__)
 #define __ballot_sync(mask, p) ((unsigned)::emu::warp_operation(EMU_SITE("__ballot_sync"), ::emu::Warp::ballot, mask, !!(p), 0, 32))
 
-#define __match_any_sync(mask, v) ((unsigned)::emu::warp_operation(EMU_SITE("__match_any_sync"), ::emu::Warp::match, mask, ::emu::to_bits(v), 0, 32))
+#define __match_any_sync(mask, v) \
+    ((unsigned)::emu::warp_operation(EMU_SITE("__match_any_sync"), ::emu::Warp::match, mask, ::emu::to_bits(v), 0, 32))
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned long long atomicMin(unsigned long long *at, unsigned long long value) {
@@ -167,4 +168,6 @@ static inline int cu_copy_to_host(void *to, const void *from, size_t bytes, cuda
     std::memcpy(to, from, bytes);
     return 0;
 }
-static inline int cu_copy_to_device(void *to, const void *from, size_t bytes, cudaStream_t) { return cu_copy_to_host(to, from, bytes, nullptr); }
+static inline int cu_copy_to_device(void *to, const void *from, size_t bytes, cudaStream_t) {
+    return cu_copy_to_host(to, from, bytes, nullptr);
+}

@@ -1,5 +1,6 @@
-// A cuBLASLt for machines without one: the functions that ops/cuda_blaslt.c loads. It checks what the real one would refuse or compute wrongly
-// without a word, and multiplies on the CPU in float64. A wrong argument is named on stderr and refused with status 7, invalid value.
+// A cuBLASLt for machines without one: the functions that ops/cuda_blaslt.c loads. It checks what the real one would refuse or compute
+// wrongly without a word, and multiplies on the CPU in float64. A wrong argument is named on stderr and refused with status 7, invalid
+// value.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -76,7 +77,8 @@ int check(const Desc &d, const Layout &a, const Layout &b, const Layout &c) {
     if (c.batch > 1 && c.batch_stride == 0) return refuse("the results of a batch lie on each other");
     if (a.type != b.type) return refuse("a and b differ in type");
     const bool wide = a.type == kDouble;
-    if (wide != (c.type == kDouble) || wide != (d.compute == kCompute64) || wide != (d.scale == kDouble)) return refuse("float64 mixed with others");
+    if (wide != (c.type == kDouble) || wide != (d.compute == kCompute64) || wide != (d.scale == kDouble))
+        return refuse("float64 mixed with others");
     if (!wide && d.scale != kFloat) return refuse("scale type is not that of the sums");
     if (d.compute == kComputeTf32 && a.type != kFloat) return refuse("TF32 is for float32");
     if (!wide && c.type != a.type && c.type != kFloat) return refuse("no such output type");
@@ -148,7 +150,8 @@ API cublasLtMatmulPreferenceSetAttribute(void *preference, int attribute, const 
     return 0;
 }
 // What was promised is written into the algorithm, and held to at the product.
-API cublasLtMatmulAlgoGetHeuristic(void *, void *desc, void *a, void *b, void *c, void *d, void *preference, int wanted, Heuristic *results, int *found) {
+API cublasLtMatmulAlgoGetHeuristic(void *, void *desc, void *a, void *b, void *c, void *d, void *preference, int wanted, Heuristic *results,
+                                   int *found) {
     ++searches;
     const Preference *p = (const Preference *)preference;
     if (c != d || wanted < 1) return refuse("c and d differ, or nothing is asked for");
@@ -163,8 +166,9 @@ API cublasLtMatmulAlgoGetHeuristic(void *, void *desc, void *a, void *b, void *c
     *found = 1;
     return 0;
 }
-API cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, void *a_layout, const void *b, void *b_layout, const void *beta,
-                   const void *c, void *c_layout, void *d, void *d_layout, const Algo *algo, void *workspace, size_t workspace_size, void *) {
+API cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, void *a_layout, const void *b, void *b_layout,
+                   const void *beta, const void *c, void *c_layout, void *d, void *d_layout, const Algo *algo, void *workspace,
+                   size_t workspace_size, void *) {
     ++calls;
     const Desc &product = *(Desc *)desc;
     const Layout &la = *(Layout *)a_layout, &lb = *(Layout *)b_layout, &ld = *(Layout *)d_layout;

@@ -1,4 +1,5 @@
-// A device for the tests: memory that starts as NaN and is freed with it, the stand-in for cuBLASLt, and products compared with the reference.
+// A device for the tests: memory that starts as NaN and is freed with it, the stand-in for cuBLASLt, and products compared with the
+// reference.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,11 +11,12 @@
 #include "cu_host.h"
 #include "ops/cuda.h"
 
-// bfloat16 tables and weights: each product rounded once or twice to 2^-9 of its size, sums of some hundred; five times the root mean square for
-// the worst element of some thousand, and rows differ in size.
+// bfloat16 tables and weights: each product rounded once or twice to 2^-9 of its size, sums of some hundred; five times the root mean
+// square for the worst element of some thousand, and rows differ in size.
 constexpr double kBfloat16Table = 2e-2;
 
-// Gradients by bfloat16 tables: the table's gradient is rounded once for every 16 rows of a code, and scales of random codes have a long tail.
+// Gradients by bfloat16 tables: the table's gradient is rounded once for every 16 rows of a code, and scales of random codes have a long
+// tail.
 constexpr double kBfloat16Gradient = 4e-2;
 
 inline const std::vector<std::string> kCudaLayouts = [] {
@@ -66,7 +68,8 @@ inline void expect_rounded(const Matrix &got, const Matrix &truth, double error,
         for (int64_t t = 0; t < truth.view.rows; ++t) row.push_back(truth.at(t, i));
         const double room = error * std::max(whole, rms(row));
         for (int64_t t = 0; t < truth.view.rows; ++t)
-            ASSERT_LE(std::fabs(got.at(t, i) - truth.at(t, i)), room + step * std::fabs(truth.at(t, i))) << what << " at " << t << ", " << i;
+            ASSERT_LE(std::fabs(got.at(t, i) - truth.at(t, i)), room + step * std::fabs(truth.at(t, i)))
+                << what << " at " << t << ", " << i;
     }
 }
 inline void expect_rounded(const std::vector<float> &got, const std::vector<float> &truth, double error, const std::string &what) {
@@ -76,5 +79,6 @@ inline void expect_rounded(const std::vector<float> &got, const std::vector<floa
     const double room = error * rms(some);
     ASSERT_EQ(got.size(), truth.size());
     for (size_t i = 0; i < got.size(); ++i)
-        ASSERT_LE(std::fabs((double)got[i] - truth[i]), truth[i] == 0.0f ? 0.0 : room) << what << " at " << i << ": " << got[i] << " for " << truth[i];
+        ASSERT_LE(std::fabs((double)got[i] - truth[i]), truth[i] == 0.0f ? 0.0 : room)
+            << what << " at " << i << ": " << got[i] << " for " << truth[i];
 }

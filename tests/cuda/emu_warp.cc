@@ -1,4 +1,5 @@
-// Warp operations of the fiber runtime: lanes meet, the last to arrive computes for all. And cp.async, which moves bytes only when waited for.
+// Warp operations of the fiber runtime: lanes meet, the last to arrive computes for all. And cp.async, which moves bytes only when waited
+// for.
 #include "emu_internal.h"
 
 namespace emu {

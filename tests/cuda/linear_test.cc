@@ -6,8 +6,8 @@ namespace {
 struct Product {
     Weight weight;
     Matrix x, got, truth;
-    Product(const std::string &layout, int64_t rows, int64_t cols, int64_t tokens, std::mt19937 &random, rbe_dtype dtype, Weight::Codes codes = Weight::kWords,
-            Matrix::Shape shape = Matrix::kRows)
+    Product(const std::string &layout, int64_t rows, int64_t cols, int64_t tokens, std::mt19937 &random, rbe_dtype dtype,
+            Weight::Codes codes = Weight::kWords, Matrix::Shape shape = Matrix::kRows)
         : weight(layout, rows, cols, random, codes), x(dtype, tokens, cols, shape), got(dtype, tokens, rows), truth(RBE_F64, tokens, rows) {
         x.fill(random);
         rbe_reference_linear(&weight.w, &x.view, weight.bias.data(), &truth.view);

@@ -2,8 +2,17 @@
 #pragma once
 #include "kernels/cuda/cu.h"
 
-enum class Bug { none, read_past_table, no_barrier_after_fill, no_barrier_before_reading, race_across_blocks, mask_of_absent_lanes, divergent_barrier,
-                 no_wait, no_barrier_at_end_of_loop };
+enum class Bug {
+    none,
+    read_past_table,
+    no_barrier_after_fill,
+    no_barrier_before_reading,
+    race_across_blocks,
+    mask_of_absent_lanes,
+    divergent_barrier,
+    no_wait,
+    no_barrier_at_end_of_loop
+};
 
 // y[o] = sum over k of table[code[o, k]] x[k]; grid (rows, splits of k), 256 threads
 template <Bug bug>

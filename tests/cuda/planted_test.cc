@@ -78,7 +78,10 @@ void expect_caught(int where) {
             }
             _Exit(0);
         },
-        [](int status) { return WIFEXITED(status) && (WEXITSTATUS(status) == 1 || WEXITSTATUS(status) == 66 || WEXITSTATUS(status) == 77); }, "");
+        [](int status) {
+            return WIFEXITED(status) && (WEXITSTATUS(status) == 1 || WEXITSTATUS(status) == 66 || WEXITSTATUS(status) == 77);
+        },
+        "");
 }
 
 TEST(Planted, CorrectKernelsPassInEveryOrder) {
