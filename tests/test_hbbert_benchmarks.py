@@ -57,7 +57,7 @@ def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
     facts = json.loads((tmp_path / "hbbert_reduced.json").read_text())
     assert [row["codes"] for row in facts["rows"]] == ["dense", "2 bits", "rbe22_g64"] and facts["entities"] == 121
     for row in facts["rows"]:
-        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"} and row["loss"] and row["cpu_seconds"] > 0
+        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"} and row["loss"] and row["cpu_seconds"] >= 0  # rounded
     again = script("hbbert.py", inputs, tmp_path, "--only", "ours")
     assert json.loads((tmp_path / "hbbert_reduced.json").read_text()) == facts, again.stderr
     assert script("hbbert.py", inputs, tmp_path, "--only", "dense").returncode == 0
