@@ -85,10 +85,11 @@ def finish_training(model: nn.Module) -> nn.Module:
         from .lowrank import finish_lowrank
 
         finish_lowrank(lowrank)
+    names = {module: name for name, module in model.named_modules()}
     for layer in layers:
         problem = "model: has a layer on the meta device, which has no values to finish" if layer.packed.is_meta else layer.problem()
         if problem:
-            raise ValueError(problem)
+            raise ValueError(f"{names[layer]}: {problem}" if names[layer] else problem)
     tables = [fp16_values("basis", layer.basis) for layer in layers]
     gains = [layer.gain.detach() for layer in layers]
     for gain in gains:
