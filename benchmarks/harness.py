@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,6 +120,19 @@ def table(rows: list[dict[str, object]], columns: Sequence[str]) -> str:
     widths = [max(len(column), *(len(line[i]) for line in body), 1) for i, column in enumerate(columns)]
     lines = [list(columns), ["-" * w for w in widths], *body]
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files; None, said in a line, where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -6,10 +6,11 @@ Exit status: 0 done, 1 failed (one line on stderr says why; RBE_DEBUG=1 shows th
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from . import __version__
@@ -214,34 +215,26 @@ def _shape(text: str) -> tuple[int, int]:
     return _count(parts[0]), _count(parts[1])
 
 
-def _megabytes(text: str) -> float:
+def _number(text: str, accepted: Callable[[float], bool], wanted: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+        value = math.nan  # which no range accepts
+    if not accepted(value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number {wanted}")
     return value
+
+
+def _megabytes(text: str) -> float:
+    return _number(text, lambda value: 0 < value < 1e9, "above 0")
 
 
 def _curvature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0")
-    return value
+    return _number(text, lambda value: 0 <= value < 1e6, "from 0")
 
 
 def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value
+    return _number(text, lambda value: 0 < value < 3600, "above 0")
 
 
 if __name__ == "__main__":

@@ -148,13 +148,8 @@ def summary(rows: list[dict]) -> list[dict[str, object]]:
 
 
 def picture(tables: dict[str, list[dict]], path: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no picture: pip install matplotlib")
+    plt = harness.pyplot()
+    if plt is None:
         return
     figure, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 4), squeeze=False)
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):

@@ -219,13 +219,8 @@ def summary(rows: list[dict], steps: int) -> list[dict[str, object]]:
 
 
 def picture(table: list[dict], steps: int, path: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no picture: pip install matplotlib")
+    plt = harness.pyplot()
+    if plt is None:
         return
     figure, axes = plt.subplots(figsize=(8, 5))
     for row in table:

@@ -117,13 +117,8 @@ def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, 
 
 
 def picture(table: list[dict], path: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no picture: pip install matplotlib")
+    plt = harness.pyplot()
+    if plt is None:
         return
     figure, axis = plt.subplots(figsize=(6, 4))
     for row in table:
