@@ -354,7 +354,6 @@ class RBELinear(nn.Module):
             return
         self.packed = self.packed  # entries are copied into packed codes
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._hold_codes_for_kernels()
         if self.layout.seeded and not self.seed.is_meta:
             self._options = {**self._options, "seed": int(self.seed)}
         if self._basis_seed is not None and not self.basis_seed.is_meta:
@@ -362,6 +361,7 @@ class RBELinear(nn.Module):
         problem = self.problem()
         if problem:
             error_msgs.append(f"{where}: {problem}")
+        self._hold_codes_for_kernels()
 
 
 def random_basis(layout: Layout, generator: torch.Generator | None = None) -> Tensor:
