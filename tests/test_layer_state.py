@@ -1,0 +1,191 @@
+"""RBELinear: what copying, casting, saving and loading keep."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from layer_cases import LAYOUTS, made
+from torch import nn
+
+import rbe_torch
+from rbe_torch import RBELinear
+
+
+def same(a: RBELinear, b: RBELinear) -> None:
+    assert a.layout == b.layout and a.dtype == b.dtype and a.extra_repr() == b.extra_repr()
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert list(ours) == list(theirs)
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+    x = torch.randn(2, a.in_features)
+    assert torch.equal(a(x), b(x))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "rbe8_g8+int8", "rbe8_g8+fp8", "rbe8_g8+lr2", "rbe8_g8+sp0.2"])
+@pytest.mark.parametrize("train", [False, True])
+def test_copies_and_pickles_are_the_same_layer(layout: str, train: bool) -> None:
+    lin = made(layout, n=16)
+    if train:
+        rbe_torch.prepare_training(lin)
+    same(lin, copy.deepcopy(lin))
+    same(lin, pickle.loads(pickle.dumps(lin)))
+    file = io.BytesIO()
+    torch.save(lin.state_dict(), file)
+    file.seek(0)
+    other = RBELinear(16, 11, layout=layout, seed=2)
+    if train:
+        rbe_torch.prepare_training(other)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    same(lin, other)
+
+
+def test_a_copied_model_shares_its_basis_as_the_original_does() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    rbe_torch.convert(model, "rbe22_g8")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64), model.to("cpu")):
+        assert other[0].basis is other[2].basis
+    assert copy.deepcopy(model)[0].basis is not model[0].basis
+
+
+# ---- casting ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.type(torch.float16)])
+@pytest.mark.parametrize("layout", ["rbe22_g8", "rbe9r_g8", "rbe8_g8+fp8", "rbe8_g8+sp0.2"])
+@pytest.mark.parametrize("train", [False, True])
+def test_casting_changes_the_bias_and_loses_no_code(cast, layout: str, train: bool) -> None:
+    lin = made(layout, n=16)
+    if train:
+        rbe_torch.prepare_training(lin)
+    before = copy.deepcopy(lin).state_dict()
+    exact = lin.weight
+    cast(lin)
+    for key, tensor in lin.state_dict().items():
+        if key != "bias":
+            assert tensor.dtype == before[key].dtype and torch.equal(tensor, before[key]), key
+    assert lin.bias.dtype == lin.weight.dtype == lin.dtype != torch.float32
+    assert torch.equal(lin.float().weight, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_activations_decide_the_dtype_of_the_result(dtype: torch.dtype) -> None:
+    lin = made().to(dtype)
+    x = torch.randn(3, 37).to(dtype)
+    got = lin(x)
+    assert got.dtype == dtype
+    want = nn.functional.linear(x.double(), lin.double().weight, lin.bias)
+    torch.testing.assert_close(got.double(), want, atol=0.05 if dtype == torch.bfloat16 else 0.01, rtol=0.02)
+
+
+def test_default_dtype_is_honoured() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        lin = RBELinear(8, 4, layout="rbe22_g8")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert lin.bias.dtype == lin.weight.dtype == torch.float64 and lin.basis.dtype == torch.float32
+
+
+# ---- meta device -----------------------------------------------------------------------------------------------------------------
+def test_meta_layers_have_shapes_and_can_be_filled() -> None:
+    source = made("rbe9r_g7")
+    for lin in (made("rbe9r_g7", device="meta"), made("rbe9r_g7").to("meta")):
+        assert lin.weight.is_meta and lin.weight.shape == (11, 37) and lin.codes.shape == (11, 6, 1)
+        assert lin(torch.empty(2, 37, device="meta")).shape == (2, 11)
+        assert repr(lin) == repr(source)
+        lin.to_empty(device="cpu").reset_parameters()
+        assert torch.isfinite(lin(torch.randn(2, 37))).all() and lin.problem() == ""
+        lin.load_state_dict(source.state_dict())
+        same(lin, source)
+    lin = made("rbe9r_g7", device="meta")
+    lin.load_state_dict(source.state_dict(), assign=True)
+    same(lin, source)
+
+
+def test_torch_device_and_accelerate_make_empty_layers() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    with torch.device("meta"):
+        assert RBELinear(8, 4, layout="rbe22_g8").packed.is_meta
+    with accelerate.init_empty_weights():
+        model = nn.Sequential(nn.Linear(16, 8), RBELinear(8, 4, layout="rbe22_g8"))
+    assert model[1].basis.is_meta and model[1].bias.is_meta
+    with accelerate.init_empty_weights(include_buffers=True):
+        lin = RBELinear(8, 4, layout="rbe9r_g8")
+    assert lin.packed.is_meta
+    source = RBELinear(8, 4, layout="rbe9r_g8")
+    for name, tensor in source.state_dict().items():
+        accelerate.utils.set_module_tensor_to_device(lin, name, "cpu", tensor)
+    assert torch.equal(lin.packed, source.packed) and torch.equal(lin.gain, source.gain)
+
+
+# ---- state_dict ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("other", ["rbe32_g8", "rbe8x2_g8", "rbe22_g4", "rbe9r_g8"])
+def test_a_state_dict_of_another_layout_is_refused(other: str) -> None:
+    lin, state = made("rbe22_g8"), made(other).state_dict()
+    before = copy.deepcopy(lin.state_dict())
+    with pytest.raises(RuntimeError, match=f"layout {other}"):
+        lin.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="must be|Missing|Unexpected"):
+        lin.load_state_dict(dict(state))  # without metadata, as from a safetensors file
+    for key, value in lin.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_a_state_dict_of_another_width_with_as_many_groups_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="in_features=36"):
+        made("rbe22_g8").load_state_dict(made("rbe22_g8", n=36).state_dict())
+
+
+@pytest.mark.parametrize(
+    "key, change, text",
+    [
+        ("gain", lambda g: g * float("nan"), "not finite"),
+        ("gain", lambda g: -g, "not positive"),
+        ("basis", lambda b: b / 0, "not finite"),
+    ],
+)
+def test_a_state_dict_with_bad_values_is_refused(key: str, change, text: str) -> None:
+    lin = nn.Sequential(made("rbe22_g8", n=8))
+    state = lin.state_dict()
+    state[f"0.{key}"] = change(state[f"0.{key}"].clone())
+    with pytest.raises(RuntimeError, match=rf"0: {key}: .*{text}"):
+        lin.load_state_dict(state)
+
+
+def test_strict_loading_reports_missing_and_unexpected_keys() -> None:
+    lin = made()
+    state = lin.state_dict()
+    del state["gain"]
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="gain.*extra|extra.*gain|Missing") as caught:
+        lin.load_state_dict(state)
+    assert "gain" in str(caught.value) and "extra" in str(caught.value)
+    result = lin.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["gain"] and result.unexpected_keys == ["extra"]
+
+
+def test_a_dense_state_dict_is_encoded_and_says_so_once() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
+    layers = nn.Sequential(RBELinear(32, 16, layout="rbe8x2_g8"), nn.ReLU(), RBELinear(16, 8, layout="rbe9r_g8"))
+    bases = [layers[0].basis.clone(), layers[2].basis.clone()]
+    for assign in (False, True):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            layers.load_state_dict(dense.state_dict(), assign=assign)
+        assert [w.category for w in seen] == [UserWarning] and "dense weights" in str(seen[0].message)
+        for index in (0, 2):
+            got, want = layers[index], dense[index]
+            assert torch.equal(got.bias, want.bias) and torch.equal(got.basis, bases[index // 2])
+            assert (got.weight - want.weight).square().sum() < 0.95 * want.weight.square().sum()
+    state = dense.state_dict()
+    del state["0.bias"]
+    state["0.stray"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="stray") as caught, pytest.warns(UserWarning):
+        layers.load_state_dict(state)
+    assert "0.bias" in str(caught.value) and "packed" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="weight: has shape"), pytest.warns(UserWarning):
+        layers.load_state_dict({**dense.state_dict(), "0.weight": torch.zeros(3, 3)})
