@@ -20,6 +20,7 @@ extern "C" {
 enum {
     RBE_PLACES_AHEAD = 8,
     RBE_LANES = 64,  // rows of interleaved codes that stand side by side
+    RBE_DIGIT_STAGES = 16,
 };
 
 // The stored codes of one row of a weight.
@@ -31,6 +32,15 @@ typedef struct rbe_code_row {
     const float *amplitude;  // [count] or NULL: replaces sign, amp and amp_fine
     uint32_t seed, first;    // seeded idx, packed: the seed and c of code 0 (kernels/format.h)
 } rbe_code_row;
+
+// How W and x are cut into digits of bytes (digits_of_basis and what follows it).
+typedef struct rbe_digits {
+    int64_t stages, group;  // stages at most RBE_DIGIT_STAGES
+    int w, x;               // digits of each
+    int packed;             // tokens at most that share one tile of x, digit below digit; 0: a tile for each digit
+    bool flipped, carry;    // codes have signs; stages are added as whole numbers of three bytes
+    float step, base;
+} rbe_digits;
 
 typedef struct rbe_kernels {
     const char *isa;
@@ -114,21 +124,40 @@ typedef struct rbe_kernels {
     void (*lut8_interleaved)(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
                              const float *factor, float *y, int64_t y_token);
 
+    // A few tokens in float32 through tables in L1, all NULL where the ISA has none; avx512/few.c has the trick. width: 4 or 8 tokens.
+    // x [groups * g][width], turned basis [M][g][256] -> P [groups * M][256][width]
+    void (*few_tables)(int64_t groups, int64_t stages, int64_t g, int64_t width, const float *x, const float *turned, float *p);
+    // y[i][width] += sum over q < count of P[q][idx[i,q]]; y has room for rows rounded up to 64. Rows of idx are idx_row apart, or interleaved and tiles of 64 rows are `tile` apart.
+    void (*few_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y);
+    void (*few_interleaved)(int64_t rows, int64_t count, const uint8_t *idx, int64_t tile, int64_t width, const float *p, float *y);
+
     // 64 x 64 bytes: out[c*out_row + r] = in[r*in_row + c], or NULL.
     void (*turn_bytes)(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);
 
-    // Products of digits, all NULL where there is no matrix unit for bytes; avx512/integer__avx512amx.c has the formulas and the shapes. Between
-    // split_begin and split_end. A step is 64 columns; x and W are [steps][2 or digits][...].
-    // x [tokens <= 16][cols] -> [steps][2][16][64] and unit [16], zeros for tokens that do not exist; false if x is not finite.
-    bool (*digits_of_tokens)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out);
-    // Interleaved codes [columns / g * stages][64] -> [steps][digits][4][16][16][4]; table [digits][stages][g][256]; g and columns are multiples of 4.
-    void (*digits_of_codes)(int64_t columns, int64_t stages, int64_t g, const uint8_t *idx, const int8_t *table, int digits, int8_t *out);
-    // y [16][64], rows of W in the order of the tiles, = or += the product of `steps`.
-    void (*digits_multiply)(int64_t steps, const int8_t *x, const int8_t *w, int digits, float step, float base, const float *unit, float *y,
-                            bool first);
+    // Products of digits, all NULL where there is no matrix unit for bytes; avx512/digits_*.c and integer__avx512amx.c have the formulas and the
+    // shapes. digits_multiply between split_begin and split_end. A step is 64 columns, x and W are [steps][...].
+    // basis [M][256][g] -> table [digits->w][M][g][256] and digits->step; false if it is not finite, or cannot be scaled.
+    bool (*digits_of_basis)(rbe_digits *digits, const float *basis, int8_t *table);
+    // x [tokens <= 16, or packed][cols] -> [steps][tiles][16][64] and unit [16], zeros for tokens that do not exist; false if x is not finite.
+    bool (*digits_of_tokens)(const rbe_digits *digits, int64_t tokens, int64_t cols, const float *x, int64_t x_row, float *unit, int8_t *out);
+    // Interleaved codes [groups * M][1, or 2: signs, idx][64] -> parts o .. end - 1, an even number, of [4][steps][digits->w][16][16][4]
+    void (*digits_of_codes)(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out);
+    // y [tiles][16][64], rows of W in the order of the tiles, = or += the product of `steps`; tiles of tokens are x_tile bytes apart, packed: one.
+    void (*digits_multiply)(const rbe_digits *digits, int64_t steps, int64_t tiles, const int8_t *x, int64_t x_tile, const int8_t *w,
+                            const float *unit, float *y, bool first);
+    // y [16][64] = both at once for one tile of tokens: codes are looked up while the matrix unit multiplies those before. False where there are
+    // more sums than tiles for them.
+    bool (*digits_stream)(const rbe_digits *digits, int64_t groups, const uint8_t *idx, const int8_t *table, const int8_t *x, const float *unit,
+                          float *y);
     // out[t][i] = y[t][where row i stands] * gain[i] + bias[i] for 64 rows
     void (*digits_order)(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
 } rbe_kernels;
+
+// Steps of 64 columns, four groups side by side, that hold `cols` columns.
+static inline int64_t rbe_digit_steps(int64_t g, int64_t cols) { return (((cols + g - 1) / g + 3) / 4 * g + 15) / 16; }
+
+// Groups, whole quads of them, that fill whole steps: a multiple of this.
+static inline int64_t rbe_digit_whole(int64_t g) { return (g & -g) < 16 ? 64 / (g & -g) : 4; }
 
 static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }
 
@@ -167,11 +196,17 @@ void rbe_split_begin__avx512amx(void);
 void rbe_split_end__avx512amx(void);
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,
                                float *c, int64_t c_row, bool accumulate);
-bool rbe_digits_of_tokens__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, float base, float *unit, int8_t *out);
-void rbe_digits_of_codes__avx512amx(int64_t columns, int64_t stages, int64_t g, const uint8_t *idx, const int8_t *table, int digits, int8_t *out);
-void rbe_digits_multiply__avx512amx(int64_t steps, const int8_t *x, const int8_t *w, int digits, float step, float base, const float *unit,
-                                    float *y, bool first);
+bool rbe_digits_of_basis__avx512amx(rbe_digits *digits, const float *basis, int8_t *table);
+bool rbe_digits_of_tokens__avx512amx(const rbe_digits *digits, int64_t tokens, int64_t cols, const float *x, int64_t x_row, float *unit, int8_t *out);
+void rbe_digits_of_codes__avx512amx(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out);
+void rbe_digits_multiply__avx512amx(const rbe_digits *d, int64_t steps, int64_t tiles, const int8_t *x, int64_t x_tile, const int8_t *w,
+                                    const float *unit, float *y, bool first);
+bool rbe_digits_stream__avx512amx(const rbe_digits *d, int64_t groups, const uint8_t *idx, const int8_t *table, const int8_t *x, const float *unit,
+                                  float *y);
 void rbe_digits_order__avx512amx(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
+void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t width, const float *x, const float *turned, float *p);
+void rbe_few_rows__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y);
+void rbe_few_interleaved__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t tile, int64_t width, const float *p, float *y);
 void rbe_turn_bytes__avx512vbmi(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);
 bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, int planes, uint8_t *table, float *factor);
 void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, int planes,

@@ -26,12 +26,15 @@ static const rbe_kernels avx2 = TABLE(avx2, 8);
 static const rbe_kernels avx512 = TABLE(avx512, 16);
 static const rbe_kernels avx512vbmi = {
     .isa = "avx512", .name = "avx512vbmi", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi,
-    .lut8_interleaved = rbe_lut8_interleaved__avx512vbmi, .turn_bytes = rbe_turn_bytes__avx512vbmi};
+    .lut8_interleaved = rbe_lut8_interleaved__avx512vbmi, .turn_bytes = rbe_turn_bytes__avx512vbmi,
+    .few_tables = rbe_few_tables__avx512, .few_rows = rbe_few_rows__avx512, .few_interleaved = rbe_few_interleaved__avx512};
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
                                       .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
                                       .split_begin = rbe_split_begin__avx512amx, .split_end = rbe_split_end__avx512amx,
+                                      .digits_of_basis = rbe_digits_of_basis__avx512amx,
                                       .digits_of_tokens = rbe_digits_of_tokens__avx512amx, .digits_of_codes = rbe_digits_of_codes__avx512amx,
-                                      .digits_multiply = rbe_digits_multiply__avx512amx, .digits_order = rbe_digits_order__avx512amx};
+                                      .digits_multiply = rbe_digits_multiply__avx512amx, .digits_stream = rbe_digits_stream__avx512amx,
+                                      .digits_order = rbe_digits_order__avx512amx};
 #endif
 #ifdef RBE_HAVE_NEON
 static const rbe_kernels neon = TABLE(neon, 4);

@@ -67,6 +67,10 @@ static void deinterleave(const rbe_kernels *kernels, const uint8_t *interleaved,
     }
 }
 
+void rbe_interleave_tile(const rbe_kernels *kernels, const uint8_t *packed, int64_t stride, int64_t rows, int64_t count, uint8_t *out) {
+    interleave(kernels, packed, stride, rows, count, 0, 1, out);
+}
+
 rbe_status rbe_interleave(const uint8_t *packed, int64_t stride, int64_t rows, int64_t count, uint8_t *out, rbe_error *err) {
     const rbe_kernels *kernels;
     const rbe_status status = rbe_choose_kernels(&kernels, err);
@@ -92,11 +96,6 @@ static void deinterleave_tiles(int64_t begin, int64_t end, void *context) {
     deinterleave(s->kernels, s->w->interleaved, s->w->rows, rbe_codes_a_row(s->w), begin, end, s->out);
 }
 
-static void interleave_tiles(int64_t begin, int64_t end, void *context) {
-    const pass *s = context;
-    interleave(s->kernels, s->w->packed, s->w->packed_stride, s->w->rows, rbe_codes_a_row(s->w), begin, end, s->out);
-}
-
 rbe_status rbe_as_packed(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads, rbe_weight *out, rbe_error *err) {
     *out = *w;
     if (!w->interleaved) return RBE_OK;
@@ -108,12 +107,4 @@ rbe_status rbe_as_packed(const rbe_kernels *kernels, const rbe_weight *w, const 
     out->packed = s.out;
     out->packed_stride = count;
     return RBE_OK;
-}
-
-const uint8_t *rbe_as_interleaved(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads) {
-    if (w->interleaved) return w->interleaved;
-    const int64_t tiles = rbe_interleaved_tiles(w->rows);
-    pass s = {kernels, w, rbe_scratch_take(tiles * TILE * rbe_codes_a_row(w), 1)};
-    if (s.out) rbe_run(threads, tiles, rbe_share(threads, tiles, 1), interleave_tiles, &s);
-    return s.out;
 }

@@ -1,65 +1,44 @@
-// y = x W^T on the matrix unit's bytes, additive codes of 8 bits in the fast class: a tile of 64 rows is looked up once for a block of tokens.
+// y = x W^T on the matrix unit's bytes, for codes of one byte with and without signs: a tile of 64 rows is looked up once for a block of tokens.
 //
-// x has two digits, an error of 2^-15 of the token's largest entry. W has one digit for few tokens, where making it dominates (an error of 1.5 % of
-// the root mean square of W at two stages), else two (2e-4). A token that is not finite has no digits: the other paths take over.
-#include <math.h>
-
+// Fast class: x has two digits, an error of 2^-15 of the token's largest entry. W has one digit for few tokens, where making it dominates (an error
+// of 1.5 % of the root mean square of W at two stages), else two (2e-4). Exact class: three digits of both, 24 bits of the largest entry, added with
+// carry where there are stages. A token that is not finite has no digits: the other paths take over.
 #include "product.h"
 
 enum {
-    TOKENS = 256,     // a block of tokens shares the decoded rows
-    COLUMNS = 2048,   // of x that pass over all rows before the next ones: with TOKENS, 1 MB of digits in L2
+    TOKENS = 256,   // a block of tokens shares the decoded rows
+    COLUMNS = 512,  // that pass over some rows before the next ones: a part of W's digits in L1, x's in L2
+    COLUMNS_FEW = 4096,  // of one tile of tokens
+    SUMS = 8 * TOKENS,   // tokens x tiles of rows that pass together: 512 kB
     TOKEN_TILE = 16,
-    STEP = 64,
     STEP_BYTES = 1024,
 };
 
 typedef struct pass {
     rbe_job *job;
-    int digits;
-    float step, base;
-    int8_t *table;         // [digits][M][g][256]
-    const uint8_t *idx;    // interleaved
-    int64_t t0, tokens, steps;  // of the block; of x in all
-    int8_t *x;             // [tokens / 16][steps][2][1024]
+    rbe_digits digits;
+    int8_t *table;         // [w digits][M][g][256]
+    int64_t t0, tokens;    // of the block
+    int64_t steps, chunk;  // of x in all; groups that pass over the rows together, whole steps
+    int8_t *x;             // [token tiles][steps][tiles of a step][1024]
     float *unit;           // [tokens rounded up to 16]
-    float *y;              // [rows / 64][tokens rounded up][64], in the order of the tiles
-    int64_t step0, here;   // the chunk of columns
     atomic_bool infinite;
 } pass;
 
 static int64_t token_tiles(const pass *s) { return (s->tokens + TOKEN_TILE - 1) / TOKEN_TILE; }
+static int64_t step_tiles(const pass *s) { return s->digits.packed ? 1 : s->digits.x; }
+static int64_t group_bytes(const pass *s) { return s->digits.stages * (s->digits.flipped ? 2 : 1); }
 
-// Digits of the basis: the sum over stages of the high ones stays within 127, and so does that of the low ones.
-static bool make_table(pass *s) {
-    const rbe_layout *l = &s->job->w->layout;
-    const float *basis = s->job->w->basis;
-    const int64_t size = RBE_BASIS_VECTORS * (int64_t)l->group;
-    float top = 0.0f;
-    for (int64_t stage = 0; stage < l->stages; ++stage) {
-        float largest = 0.0f;
-        for (int64_t i = 0; i < size; ++i) {
-            const float entry = fabsf(basis[stage * size + i]);
-            if (!(entry <= 3.4e38f)) return false;
-            if (entry > largest) largest = entry;
-        }
-        top += largest;
-    }
-    s->step = top / (127.0f - 0.5f * (float)l->stages);
-    s->base = 2.0f * (float)(127 / l->stages);
-    if (!(s->step < 1e37f)) return false;
-    const float scale = s->step > 1e-37f ? 1.0f / s->step : 0.0f;
-    for (int64_t stage = 0; stage < l->stages; ++stage) {
-        for (int64_t e = 0; e < l->group; ++e) {
-            int8_t *high = s->table + (stage * l->group + e) * RBE_BASIS_VECTORS, *low = high + l->stages * size;
-            for (int64_t j = 0; j < RBE_BASIS_VECTORS; ++j) {
-                const float value = basis[stage * size + j * l->group + e] * scale, whole = rintf(value);
-                high[j] = (int8_t)whole;
-                if (s->digits == 2) low[j] = (int8_t)rintf((value - whole) * s->base);
-            }
-        }
-    }
-    return true;
+static rbe_digits digits_of(const rbe_job *job) {
+    const rbe_layout *l = &job->w->layout;
+    rbe_digits d = {.stages = l->stages, .group = l->group, .flipped = l->field == RBE_FIELD_RBE16S};
+    d.w = job->fast ? rbe_weight_digits(l, job->x->rows) : 3;
+    d.x = job->fast ? 2 : 3;
+    d.carry = !job->fast && l->stages > 1;
+    // digits of the stages add up to 127 at most, high ones and low ones
+    d.base = d.carry ? 256.0f : 2.0f * (float)(127 / l->stages);
+    if (job->x->rows <= TOKEN_TILE / d.x) d.packed = TOKEN_TILE / d.x;
+    return d;
 }
 
 static void load_tokens(int64_t begin, int64_t end, void *context) {
@@ -71,10 +50,53 @@ static void load_tokens(int64_t begin, int64_t end, void *context) {
     for (int64_t i = begin; x && i < end; ++i) {
         const int64_t t = i * TOKEN_TILE, tokens = rbe_min(TOKEN_TILE, s->tokens - t);
         rbe_load_rows(s->job->kernels, s->job->x, s->t0 + t, tokens, 0, w->cols, x, w->cols);
-        if (!s->job->kernels->digits_of_tokens(tokens, w->cols, x, w->cols, s->base, s->unit + t, s->x + i * s->steps * 2 * STEP_BYTES))
+        int8_t *out = s->x + i * s->steps * step_tiles(s) * STEP_BYTES;
+        if (!s->job->kernels->digits_of_tokens(&s->digits, tokens, w->cols, x, w->cols, s->unit + t, out))
             atomic_store(&s->infinite, true);
     }
     rbe_scratch_end(mark);
+}
+
+// Interleaved codes of a chunk of groups and a tile of 64 rows, laid out in `copy` where the weight has packed ones.
+static const uint8_t *codes_of(const pass *s, int64_t tile, int64_t k0, int64_t groups, uint8_t *copy) {
+    const rbe_weight *w = s->job->w;
+    const int64_t first = k0 * group_bytes(s), i0 = tile * RBE_LANES;
+    if (w->interleaved) return w->interleaved + (tile * w->groups * group_bytes(s) + first) * RBE_LANES;
+    rbe_interleave_tile(s->job->kernels, w->packed + i0 * w->packed_stride + first, w->packed_stride, rbe_min(RBE_LANES, w->rows - i0),
+                        groups * group_bytes(s), copy);
+    return copy;
+}
+
+// y of 64 rows [tokens][64], in the order of the tiles.
+static void store_tile(const pass *s, int64_t tile, const float *y, float *out) {
+    const rbe_weight *w = s->job->w;
+    const int64_t i0 = tile * RBE_LANES, rows = rbe_min(RBE_LANES, w->rows - i0);
+    float gain[RBE_LANES], bias[RBE_LANES];
+    for (int64_t i = 0; i < RBE_LANES; ++i) {
+        gain[i] = i < rows ? ((const float *)w->gain)[i0 + i] : 0.0f;
+        bias[i] = i < rows && s->job->bias ? s->job->bias[i0 + i] : 0.0f;
+    }
+    for (int64_t t = 0; t < s->tokens; t += TOKEN_TILE) {
+        const int64_t tokens = rbe_min(TOKEN_TILE, s->tokens - t);
+        s->job->kernels->digits_order(tokens, y + t * RBE_LANES, gain, bias, out);
+        rbe_store_rows(s->job->kernels, s->job->y, s->t0 + t, tokens, i0, rows, out, RBE_LANES);
+    }
+}
+
+typedef struct buffers {
+    int8_t *digits;  // of a chunk of W
+    uint8_t *codes;
+    float *y, *out;  // [tiles together][tokens rounded up][64], [16][64]
+} buffers;
+
+static bool take_tile_buffers(const pass *s, int64_t together, buffers *b) {
+    const rbe_weight *w = s->job->w;
+    const int64_t groups = rbe_min(s->chunk, w->groups), steps = rbe_digit_steps(s->digits.group, groups * s->digits.group);
+    b->digits = rbe_scratch_take(steps * s->digits.w * 4, STEP_BYTES);
+    b->codes = w->interleaved ? NULL : rbe_scratch_take(groups * group_bytes(s), RBE_LANES);
+    b->y = rbe_scratch_take(together * token_tiles(s) * TOKEN_TILE * RBE_LANES, sizeof *b->y);
+    b->out = rbe_scratch_take(TOKEN_TILE * RBE_LANES, sizeof *b->out);
+    return b->digits && (b->codes || w->interleaved) && b->y && b->out;
 }
 
 // Tiles of 64 rows.
@@ -82,73 +104,59 @@ static void multiply_rows(int64_t begin, int64_t end, void *context) {
     pass *s = context;
     const rbe_weight *w = s->job->w;
     const rbe_kernels *kernels = s->job->kernels;
-    const int64_t codes = rbe_codes_a_row(w), g = w->layout.group, tiles = token_tiles(s), room = tiles * TOKEN_TILE * RBE_LANES;
-    const int64_t column = s->step0 * STEP, columns = rbe_min(s->here * STEP, w->groups * g - column);
+    const int64_t tiles = token_tiles(s), room = tiles * TOKEN_TILE * RBE_LANES, x_step = step_tiles(s) * STEP_BYTES, g = s->digits.group;
+    const bool stream = tiles == 1 && s->chunk >= w->groups;
+    const int64_t together = tiles == 1 ? 1 : rbe_max(1, SUMS / (tiles * TOKEN_TILE));
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    int8_t *digits = rbe_scratch_take(s->here * s->digits * 4, STEP_BYTES);
-    if (!digits) atomic_store(&s->job->failed, true);
+    buffers b;
+    const bool ready = take_tile_buffers(s, together, &b);
+    if (!ready) atomic_store(&s->job->failed, true);
     kernels->split_begin();
-    for (int64_t r = begin; digits && r < end; ++r) {
-        const uint8_t *idx = s->idx + (r * codes + column / g * w->layout.stages) * RBE_LANES;
-        kernels->digits_of_codes(columns, w->layout.stages, g, idx, s->table, s->digits, digits);
-        for (int64_t i = 0; i < tiles; ++i)
-            kernels->digits_multiply(s->here, s->x + (i * s->steps + s->step0) * 2 * STEP_BYTES, digits, s->digits, s->step, s->base,
-                                     s->unit + i * TOKEN_TILE, s->y + r * room + i * TOKEN_TILE * RBE_LANES, s->step0 == 0);
+    for (int64_t r0 = begin; ready && r0 < end; r0 += together) {
+        const int64_t rows = rbe_min(together, end - r0);
+        if (stream && kernels->digits_stream(&s->digits, w->groups, codes_of(s, r0, 0, w->groups, b.codes), s->table, s->x, s->unit, b.y)) {
+            store_tile(s, r0, b.y, b.out);
+            continue;
+        }
+        for (int64_t k0 = 0; k0 < w->groups; k0 += s->chunk) {
+            const int64_t groups = rbe_min(s->chunk, w->groups - k0);
+            const int8_t *x = s->x + k0 / 4 * g / TOKEN_TILE * x_step;
+            for (int64_t r = 0; r < rows; ++r) {
+                kernels->digits_of_codes(&s->digits, 0, 4, groups, codes_of(s, r0 + r, k0, groups, b.codes), s->table, b.digits);
+                kernels->digits_multiply(&s->digits, rbe_digit_steps(g, groups * g), tiles, x, s->steps * x_step, b.digits, s->unit,
+                                         b.y + r * room, k0 == 0);
+            }
+        }
+        for (int64_t r = 0; r < rows; ++r) store_tile(s, r0 + r, b.y + r * room, b.out);
     }
     kernels->split_end();
     rbe_scratch_end(mark);
 }
 
-static void store_rows(int64_t begin, int64_t end, void *context) {
-    const pass *s = context;
-    const rbe_weight *w = s->job->w;
-    const int64_t room = token_tiles(s) * TOKEN_TILE * RBE_LANES;
-    const rbe_scratch_mark mark = rbe_scratch_begin();
-    float *out = rbe_scratch_take(TOKEN_TILE * RBE_LANES, sizeof *out), gain[RBE_LANES], bias[RBE_LANES];
-    if (!out) atomic_store(&s->job->failed, true);
-    for (int64_t r = begin; out && r < end; ++r) {
-        const int64_t i0 = r * RBE_LANES, rows = rbe_min(RBE_LANES, w->rows - i0);
-        for (int64_t i = 0; i < RBE_LANES; ++i) {
-            gain[i] = i < rows ? ((const float *)w->gain)[i0 + i] : 0.0f;
-            bias[i] = i < rows && s->job->bias ? s->job->bias[i0 + i] : 0.0f;
-        }
-        for (int64_t t = 0; t < s->tokens; t += TOKEN_TILE) {
-            const int64_t tokens = rbe_min(TOKEN_TILE, s->tokens - t);
-            s->job->kernels->digits_order(tokens, s->y + r * room + t * RBE_LANES, gain, bias, out);
-            rbe_store_rows(s->job->kernels, s->job->y, s->t0 + t, tokens, i0, rows, out, RBE_LANES);
-        }
-    }
-    rbe_scratch_end(mark);
-}
-
 static bool take_buffers(pass *s) {
     const rbe_weight *w = s->job->w;
-    const int64_t tokens = (rbe_min(TOKENS, s->job->x->rows) + TOKEN_TILE - 1) / TOKEN_TILE * TOKEN_TILE, tiles = rbe_interleaved_tiles(w->rows);
-    s->steps = (w->cols + STEP - 1) / STEP;
-    s->table = rbe_scratch_take((int64_t)s->digits * w->layout.stages * w->layout.group, RBE_BASIS_VECTORS);
-    s->x = rbe_scratch_take(tokens / TOKEN_TILE * s->steps * 2, STEP_BYTES);
+    const int64_t tokens = (rbe_min(TOKENS, s->job->x->rows) + TOKEN_TILE - 1) / TOKEN_TILE * TOKEN_TILE;
+    const int64_t g = w->layout.group, whole = rbe_digit_whole(g), columns = tokens > TOKEN_TILE ? COLUMNS : COLUMNS_FEW;  // groups of whole steps
+    s->chunk = rbe_max(1, columns / (whole * g)) * whole;
+    s->steps = rbe_digit_steps(g, w->cols);
+    s->table = rbe_scratch_take(s->digits.w * s->digits.stages * g, RBE_BASIS_VECTORS);
+    s->x = rbe_scratch_take(tokens / TOKEN_TILE * s->steps * step_tiles(s), STEP_BYTES);
     s->unit = rbe_scratch_take(tokens, sizeof *s->unit);
-    s->y = rbe_scratch_take(tiles * tokens * RBE_LANES, sizeof *s->y);
-    s->idx = rbe_as_interleaved(s->job->kernels, w, s->job->threads);
-    return s->table && s->x && s->unit && s->y && s->idx;
+    return s->table && s->x && s->unit;
 }
 
 rbe_status rbe_linear_digits(rbe_job *job, rbe_error *err) {
     const rbe_weight *w = job->w;
     const int64_t tiles = rbe_interleaved_tiles(w->rows), share = rbe_share(job->threads, tiles, 1);
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    pass s = {.job = job, .digits = rbe_weight_digits(&w->layout, job->x->rows)};
+    pass s = {.job = job, .digits = digits_of(job)};
     if (!take_buffers(&s)) atomic_store(&job->failed, true);
-    bool possible = !atomic_load(&job->failed) && make_table(&s);
+    bool possible = !atomic_load(&job->failed) && job->kernels->digits_of_basis(&s.digits, w->basis, s.table);
     for (; possible && s.t0 < job->x->rows; s.t0 += TOKENS) {
         s.tokens = rbe_min(TOKENS, job->x->rows - s.t0);
         rbe_run(job->threads, token_tiles(&s), 1, load_tokens, &s);
         if (!(possible = !atomic_load(&s.infinite))) break;
-        for (s.step0 = 0; s.step0 < s.steps; s.step0 += s.here) {
-            s.here = rbe_min(COLUMNS / STEP, s.steps - s.step0);
-            rbe_run(job->threads, tiles, share, multiply_rows, &s);
-        }
-        rbe_run(job->threads, tiles, share, store_rows, &s);
+        rbe_run(job->threads, tiles, share, multiply_rows, &s);
     }
     rbe_scratch_end(mark);
     if (atomic_load(&job->failed)) return rbe_out_of_memory(err);

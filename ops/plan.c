@@ -14,11 +14,14 @@ static const double DOT_WEIGHT = 4.0;     // one weight of one token in a dot pr
 static const double BACKWARD_LANE = 8.0;  // one lane of a code's D and dP
 static const double MASKED_GROUP = 140.0; // a group that is not whole vectors, decoded
 
-static const double LOOKUP = 3.6, LOOKUP_EXACT = 7.7;        // one code of one token in a table of bytes
-static const double BYTE_TABLE = 4.3, BYTE_TABLE_EXACT = 6.0;  // one entry of such a table: product and rounding
-static const double TURN_CODE = 20.0;                        // between packed and interleaved
-static const double DIGIT_CODE = 22.0;                       // one digit of eight weights of one code, looked up
-static const double DIGIT_LANE = 0.08, DIGIT_LANES = 0.03;   // one weight of one token on the matrix unit: with one digit and one more
+static const double LOOKUP = 3.6, LOOKUP_EXACT = 9.5;       // one code of one token in a table of bytes
+static const double BYTE_TABLE = 4.3, BYTE_TABLE_EXACT = 7.0;  // one entry of such a table: product and rounding
+static const double TURN_CODE = 17.0;                        // a byte between packed and interleaved
+static const double FEW_CODE[] = {21.0, 32.0};               // one code, 4 or 8 tokens at once
+static const double FEW_LANE = 2.0;                          // one token of an entry of their tables
+static const double DIGIT_CODE[] = {0.0, 15.0, 30.0, 52.0};  // one, two, three digits of eight weights of one code, looked up
+static const double DIGIT_TILE[] = {0.0, 1.8, 3.3, 6.7};     // one weight and 16 tokens on the matrix unit
+static const double DIGIT_PACKED = 0.7;                      // one digit of a weight and a few tokens that share a tile
 
 static _Atomic rbe_path forced;
 
@@ -47,18 +50,48 @@ static double decode_weight(const rbe_kernels *kernels, const rbe_layout *l) {
 
 int rbe_weight_digits(const rbe_layout *l, int64_t tokens) { return tokens <= TOKENS_ONE_DIGIT && l->stages <= 2 ? 1 : 2; }
 
-// The integer paths of rbe8, if one of them costs less than `most`.
-static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, double weights, double table, int64_t tokens, bool fast, rbe_form form,
+// Codes of one byte, or with signs; three digits of those have room for one stage.
+static bool has_digits(const rbe_kernels *kernels, const rbe_layout *l, bool fast) {
+    const bool signs = l->field == RBE_FIELD_RBE16S;
+    return kernels->digits_multiply && (l->field == RBE_FIELD_RBE8 || signs) && l->residual == RBE_RESIDUAL_NONE && l->group % 4 == 0 &&
+           l->stages <= RBE_DIGIT_STAGES && (fast || !signs || l->stages == 1);
+}
+
+static double digits_cost(const rbe_layout *l, double weights, int64_t tokens, bool fast) {
+    const int w = fast ? rbe_weight_digits(l, tokens) : 3;
+    const double codes = weights / l->group * l->stages, tiles = (double)((tokens + 15) / 16);
+    const double product = tokens <= 16 / (fast ? 2 : 3) ? DIGIT_PACKED * w : DIGIT_TILE[w] * tiles;
+    return codes * DIGIT_CODE[w] * l->group / 8.0 * (double)((tokens + 255) / 256) + weights * product;
+}
+
+static double few_cost(double codes, double table, int64_t tokens) {
+    double cost = 0.0;
+    for (; tokens > 0; tokens -= 8) {
+        const bool four = tokens <= 4;
+        cost += codes * FEW_CODE[!four] + table * FEW_LANE * (four ? 4.0 : 8.0);
+    }
+    return cost;
+}
+
+// The paths of codes of one byte, with signs or without, if one of them costs less than `most`.
+static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, double table, int64_t tokens, bool fast, rbe_form form,
                            double most, rbe_path otherwise) {
-    const double codes = weights / l->group * l->stages, t = (double)tokens, turn = form == RBE_FORM_INTERLEAVED ? 0.0 : TURN_CODE;
-    const double bytes = codes * ((fast ? LOOKUP : LOOKUP_EXACT) * t + turn) + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT);
-    const int digits = rbe_weight_digits(l, tokens);
-    const double tiles = (double)((tokens + 15) / 16 * 16);
-    const double integer = codes * (DIGIT_CODE * l->group / 8.0 * digits + turn) + weights * tiles * (DIGIT_LANE + DIGIT_LANES * digits);
-    const bool can_lut = kernels->lut8_rows && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8;
-    const bool can_digits = fast && kernels->digits_multiply && l->group % 4 == 0;
-    if (can_lut && bytes < most && (bytes < integer || !can_digits)) return RBE_PATH_LUT8;
-    return can_digits && integer < most ? RBE_PATH_DIGITS : otherwise;
+    const bool signs = l->field == RBE_FIELD_RBE16S;
+    const double weights = (double)((rows + RBE_LANES - 1) / RBE_LANES * RBE_LANES) * (double)cols, codes = weights / l->group * l->stages;
+    const double t = (double)tokens;
+    const double turn = form == RBE_FORM_INTERLEAVED ? 0.0 : codes * TURN_CODE * (signs ? 2.0 : 1.0);
+    rbe_path path = otherwise;
+    double cost[3] = {turn + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
+                      few_cost(codes, table, tokens), turn + digits_cost(l, weights, tokens, fast)};
+    const rbe_path paths[3] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS};
+    const bool can[3] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
+                         kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8, has_digits(kernels, l, fast)};
+    for (int i = 0; i < 3; ++i) {
+        if (!can[i] || cost[i] >= most) continue;
+        most = cost[i];
+        path = paths[i];
+    }
+    return path;
 }
 
 // Whether a path that a test asked for is one that this product has.
@@ -69,7 +102,8 @@ static bool has_path(const rbe_kernels *kernels, const rbe_layout *l, rbe_path p
         case RBE_PATH_TABLE:
         case RBE_PATH_TABLE_TOKEN: return has_table(l);
         case RBE_PATH_LUT8: return bytes && kernels->lut8_rows;
-        case RBE_PATH_DIGITS: return bytes && fast && kernels->digits_multiply && l->group % 4 == 0;
+        case RBE_PATH_FEW: return bytes && kernels->few_rows;
+        case RBE_PATH_DIGITS: return form != RBE_FORM_WORDS && has_digits(kernels, l, fast);
         default: return true;
     }
 }
@@ -85,6 +119,8 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
     const double dot = tokens <= TOKENS_DOTTED ? weights * (decoded + DOT_WEIGHT * t) + turn : decode;
     double cost = dot < decode ? dot : decode;
     rbe_path path = dot < decode ? RBE_PATH_DECODE_DOT : RBE_PATH_DECODE;
+    const bool bytes = form != RBE_FORM_WORDS && l->residual == RBE_RESIDUAL_NONE;
+    if (l->field == RBE_FIELD_RBE16S && bytes) return plan_bytes(kernels, l, rows, cols, table, tokens, fast, form, cost, path);
     if (!has_table(l)) return path;
     const double tiles = table * lanes * dense_lane(kernels, fast) + codes * (unpack_code(l) + SUM_LANE * lanes) + turn;
     const double token = tokens <= TOKENS_ONE_BY_ONE ? table * 2.0 * t + codes * (unpack_code(l) + GATHER_CODE * t) + turn : tiles;
@@ -92,8 +128,8 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
         cost = token < tiles ? token : tiles;
         path = token < tiles ? RBE_PATH_TABLE_TOKEN : RBE_PATH_TABLE;
     }
-    if (form == RBE_FORM_WORDS || l->field != RBE_FIELD_RBE8) return path;
-    return plan_bytes(kernels, l, weights, table, tokens, fast, form, cost, path);
+    if (!bytes || l->field != RBE_FIELD_RBE8) return path;
+    return plan_bytes(kernels, l, rows, cols, table, tokens, fast, form, cost, path);
 }
 
 rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens) {
@@ -113,6 +149,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
         [RBE_PATH_TABLE] = "table: x times the basis, then a sum over codes, tiles of tokens",
         [RBE_PATH_TABLE_TOKEN] = "table: x times the basis, gathered by code, token by token",
         [RBE_PATH_LUT8] = "table of bytes: 8-bit lookups",
+        [RBE_PATH_FEW] = "table of few tokens, additions from memory",
         [RBE_PATH_DIGITS] = "decode to bytes, matrix unit",
         [RBE_PATH_DECODE_DOT] = "decode a row, dot products",
         [RBE_PATH_DECODE] = "decode a tile, dense micro-kernel",
@@ -121,6 +158,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
     rbe_error err;
     if (rbe_choose_kernels(&kernels, &err) != RBE_OK) return snprintf(text, size, "%s", err.text);
     const bool fast = rbe_is_fast(accuracy, x);
-    const rbe_path path = rbe_plan_linear(kernels, layout, rows, cols, tokens, fast, rbe_reads_interleaved() ? RBE_FORM_INTERLEAVED : RBE_FORM_PACKED);
+    const rbe_form form = layout->field == RBE_FIELD_RBE8 && rbe_reads_interleaved() ? RBE_FORM_INTERLEAVED : RBE_FORM_PACKED;
+    const rbe_path path = rbe_plan_linear(kernels, layout, rows, cols, tokens, fast, form);
     return snprintf(text, size, "%s, %s, %s", kernels->name, fast ? "fast" : "exact", what[path]);
 }

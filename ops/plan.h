@@ -14,6 +14,7 @@ typedef enum rbe_path {
     RBE_PATH_TABLE,        // P for a tile of tokens, then a sum over codes
     RBE_PATH_TABLE_TOKEN,  // a few tokens: P token by token, gathered
     RBE_PATH_LUT8,         // P in bytes
+    RBE_PATH_FEW,          // P for 4 or 8 tokens in L1
     RBE_PATH_DIGITS,       // digits of bytes on the matrix unit
     RBE_PATH_DECODE_DOT,   // a decoded row against few tokens
     RBE_PATH_DECODE,       // a decoded tile in a dense product

@@ -45,8 +45,8 @@ rbe_code_row rbe_code_row_at(const rbe_weight *w, int64_t row);
 
 // The weight with interleaved codes laid out as packed ones in scratch, for paths that read rows; any other weight as it is.
 rbe_status rbe_as_packed(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads, rbe_weight *out, rbe_error *err);
-// The interleaved codes of a weight whose codes are packed or interleaved bytes, in scratch where they were not; NULL when out of memory.
-const uint8_t *rbe_as_interleaved(const rbe_kernels *kernels, const rbe_weight *w, const rbe_parallel *threads);
+// `count` bytes of at most 64 packed rows laid out as a tile of interleaved ones, [count][64].
+void rbe_interleave_tile(const rbe_kernels *kernels, const uint8_t *packed, int64_t stride, int64_t rows, int64_t count, uint8_t *out);
 
 // All codes, unpacked in blocks of `block` codes: code q0 + c of row i, q0 = b * block, lies at idx + b*step + i*row + c. Within a block rows
 // follow each other, so that a kernel that passes over a block reads memory in order. scale NULL: 1.
@@ -110,6 +110,7 @@ rbe_status rbe_linear_table(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_token(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_floats(rbe_job *job, rbe_error *err);  // the path without integers that the plan says
 rbe_status rbe_linear_lut8(rbe_job *job, rbe_error *err);
+rbe_status rbe_linear_few(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_digits(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_decode(rbe_job *job, bool dot, rbe_error *err);
 

@@ -60,15 +60,20 @@ def test_amplitude_replaces_sign_and_size_of_every_code(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_codes_give_the_same_bits_as_words(layout):
+def test_packed_codes_give_what_words_give(layout):
+    """The same bits, or where codes of one byte have paths of their own the same numbers in another order of summation."""
     case = make_case(layout, 9, 61, (3,), seed=5)
     keywords = {k: v for k, v in case.keywords.items()}
     packed = torch.ops.rbe.pack(case.codes, **keywords)
     assert torch.equal(torch.ops.rbe.unpack(packed, **keywords), case.codes)
-    assert torch.equal(case.run(codes=packed), case.run())
+    got = case.run(codes=packed)
+    if split(layout)[0] in ("rbe8", "rbe16s"):
+        assert relative_error(got, case.run()) < TOLERANCE[torch.float32]
+    else:
+        assert torch.equal(got, case.run())
     wide = torch.full((9, packed.shape[1] + 3), 255, dtype=torch.uint8)
     wide[:, 2:-1] = packed
-    assert torch.equal(case.run(codes=wide[:, 2:-1]), case.run())
+    assert torch.equal(case.run(codes=wide[:, 2:-1]), got)
 
 
 def test_strides_and_offsets_are_honoured():

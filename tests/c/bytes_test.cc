@@ -1,9 +1,10 @@
-// Codes of one byte: interleaved and back, and the integer paths of rbe_linear (tables of bytes, digits) against the float64 reference.
+// Codes of one byte, interleaved and back, and the paths of rbe_linear for them (tables of bytes, tables in L1, digits) against the float64 reference.
 #include "product_case.h"
 
 namespace {
 
 bool has_digits(const std::string &isa) { return rbe_kernels_of(isa.c_str())->digits_multiply; }
+bool has_few(const std::string &isa) { return rbe_kernels_of(isa.c_str())->few_rows; }
 bool has_lookups(const std::string &isa) { return rbe_kernels_of(isa.c_str())->lut8_rows; }
 
 // Every element within error * the root mean square that a sum of n * M products of unit variance has in its row.
@@ -50,16 +51,17 @@ TEST(Interleave, OtherFieldsAreRefused) {
 // However codes are given, a path computes the same bits.
 TEST(Bytes, FormsOfTheCodesGiveTheSameBits) {
     for (const std::string &isa : host_isas()) {
-        for (rbe_path path : {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_LUT8, RBE_PATH_DIGITS}) {
+        for (rbe_path path : {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_LUT8, RBE_PATH_FEW,
+                              RBE_PATH_DIGITS}) {
             for (const char *layout : {"rbe8x2_g8", "rbe8_g5", "rbe8x3_g4"}) {
                 // without the path the plan decides, which weighs what turning the codes costs
+                if (path == RBE_PATH_FEW && !has_few(isa)) continue;
                 if ((path == RBE_PATH_LUT8 && !has_lookups(isa)) || (path == RBE_PATH_DIGITS && !has_digits(isa))) continue;
                 const Using use(isa, path);
                 std::mt19937 one(3), other(3);
                 Forward packed(layout, 77, 203, 5, one, Weight::kPacked), interleaved(layout, 77, 203, 5, other, Weight::kInterleaved);
                 if (path == RBE_PATH_DIGITS && packed.weight.w.layout.group % 4) continue;
                 for (rbe_accuracy accuracy : {RBE_ACCURACY_EXACT, RBE_ACCURACY_FAST}) {
-                    if (path == RBE_PATH_DIGITS && accuracy == RBE_ACCURACY_EXACT) continue;
                     packed.run(accuracy);
                     interleaved.run(accuracy);
                     ASSERT_EQ(packed.y.bytes, interleaved.y.bytes) << layout << " " << isa << " path " << path;
@@ -95,17 +97,23 @@ TEST(Bytes, DecodeAndBackwardTakeInterleavedCodes) {
 TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
     std::mt19937 random(5);
     for (const std::string &isa : host_isas()) {
-        for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe8x4_g16"}) {
-            const int stages = layout[4] == 'x' ? layout[5] - '0' : 1;
+        for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe8x4_g16", "rbe8x2_g20", "rbe16s_g8", "rbe16sx2_g8"}) {
+            const bool flipped = std::string(layout).find("16s") != std::string::npos;
+            const int stages = flipped ? layout[6] == 'x' ? 2 : 1 : layout[4] == 'x' ? layout[5] - '0' : 1;
             for (int64_t m : {1, 63, 64, 65, 200}) {
                 for (int64_t n : {5, 63, 64, 65, 250}) {
-                    for (int64_t tokens : {1, 3, 16, 17, 33}) {
-                        Forward f(layout, m, n, tokens, random, (m + n) % 2 ? Weight::kPacked : Weight::kInterleaved);
+                    for (int64_t tokens : {1, 3, 6, 16, 17, 33}) {
+                        Forward f(layout, m, n, tokens, random, flipped || (m + n) % 2 ? Weight::kPacked : Weight::kInterleaved);
                         f.reference();
                         const std::string what = std::string(layout) + " " + isa + " " + std::to_string(m) + "x" + std::to_string(n) + " tokens " +
                                                  std::to_string(tokens);
                         const std::vector<char> before = f.y.surroundings();
-                        if (has_lookups(isa) && tokens <= 3) {
+                        if (has_few(isa) && !flipped) {
+                            const Using use(isa, RBE_PATH_FEW);
+                            f.run(RBE_ACCURACY_EXACT);
+                            expect_rows_near(f, kFloat32Error, what + " few");
+                        }
+                        if (has_lookups(isa) && !flipped && tokens <= 3) {
                             const Using use(isa, RBE_PATH_LUT8);
                             f.run(RBE_ACCURACY_FAST);
                             expect_rows_near(f, kByteError, what + " bytes");
@@ -116,6 +124,10 @@ TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
                             const Using use(isa, RBE_PATH_DIGITS);
                             f.run(RBE_ACCURACY_FAST);
                             expect_rows_near(f, tokens <= 32 && stages <= 2 ? kByteError : kTwoDigitsError, what + " digits");
+                            if (!flipped || stages == 1) {
+                                f.run(RBE_ACCURACY_EXACT);
+                                expect_rows_near(f, kFloat32Error, what + " three digits");
+                            }
                         }
                         ASSERT_EQ(before, f.y.surroundings()) << what << ": wrote outside y";
                     }
@@ -135,6 +147,8 @@ TEST(Bytes, DigitsOverSeveralChunks) {
         const Using use(isa, RBE_PATH_DIGITS);
         f.run(RBE_ACCURACY_FAST);
         expect_rows_near(f, kTwoDigitsError, isa);
+        f.run(RBE_ACCURACY_EXACT);
+        expect_rows_near(f, kFloat32Error, isa + " three digits");
     }
 }
 
@@ -143,7 +157,7 @@ TEST(Bytes, DigitsDoNotOverflow) {
     std::mt19937 random(7);
     for (const std::string &isa : host_isas()) {
         for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x5_g4", "rbe8x16_g8"}) {
-            for (int64_t tokens : {16, 40}) {
+            for (int64_t tokens : {2, 16, 40}) {
                 Forward f(layout, 64, 512, tokens, random, Weight::kInterleaved);
                 for (float &b : f.weight.basis) b = random() % 2 ? 3.0f : -3.0f;
                 for (int64_t t = 0; t < tokens; ++t)
@@ -152,6 +166,8 @@ TEST(Bytes, DigitsDoNotOverflow) {
                 const Using use(isa, RBE_PATH_DIGITS);
                 f.run(RBE_ACCURACY_FAST);
                 expect_near(f.y, f.truth, kByteError, std::string(layout) + " " + isa);
+                f.run(RBE_ACCURACY_EXACT);
+                expect_near(f.y, f.truth, kFloat32Error, std::string(layout) + " three digits " + isa);
             }
         }
     }
@@ -160,7 +176,7 @@ TEST(Bytes, DigitsDoNotOverflow) {
 TEST(Bytes, ZeroTinyAndHugeInputs) {
     std::mt19937 random(8);
     for (const std::string &isa : host_isas()) {
-        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_DIGITS}) {
+        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS}) {
             for (double value : {0.0, 1e-42, 1e-30, 1e30}) {
                 Forward f("rbe8x2_g8", 70, 64, 1, random, Weight::kPacked);
                 for (int64_t j = 0; j < 64; ++j) f.x.set(0, j, value);
