@@ -14,8 +14,10 @@ static const double DOT_WEIGHT = 4.0;     // one weight of one token in a dot pr
 static const double BACKWARD_LANE = 8.0;  // one lane of a code's D and dP
 static const double MASKED_GROUP = 140.0; // a group that is not whole vectors, decoded
 
-static const double LOOKUP = 3.6, LOOKUP_EXACT = 9.5;       // one code of one token in a table of bytes
-static const double BYTE_TABLE = 4.3, BYTE_TABLE_EXACT = 7.0;  // one entry of such a table: product and rounding
+static const double SIGNS_CODE = 60.0;    // signs of a code put on, decoded
+
+static const double LOOKUP = 3.6, LOOKUP_EXACT = 8.2;       // one code of one token in a table of bytes
+static const double BYTE_TABLE = 2.5, BYTE_TABLE_EXACT = 3.0;  // one entry of such a table: product and rounding
 static const double TURN_CODE = 17.0;                        // a byte between packed and interleaved
 static const double FEW_CODE[] = {21.0, 32.0};               // one code, 4 or 8 tokens at once
 static const double FEW_LANE = 2.0;                          // one token of an entry of their tables
@@ -45,6 +47,7 @@ static double decode_weight(const rbe_kernels *kernels, const rbe_layout *l) {
         group = 30.0 + 30.0 * l->stages;
     else if (l->group % kernels->width)
         group += MASKED_GROUP;
+    if (l->field == RBE_FIELD_RBE16S) group += SIGNS_CODE * l->stages;
     return (group + l->stages * unpack_code(l)) / l->group;
 }
 

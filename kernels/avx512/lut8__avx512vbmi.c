@@ -17,7 +17,7 @@
 
 #include "../kernels.h"
 
-enum { SQUARE = 64, AHEAD = 2 };
+enum { SQUARE = 64, AHEAD = 2, TILES = 4 };  // tiles of 64 rows that share the loads of a table
 
 // The bits of the largest |p|; not below those of infinity if any is not finite.
 static inline uint32_t largest(int64_t count, const float *p) {
@@ -126,42 +126,59 @@ static inline __attribute__((always_inline)) void add16(float *y, const __m512i 
     _mm512_storeu_ps(y, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(y)));
 }
 
-// 64 rows, `count` codes, one token. Asks for a line of codes, from `ahead` on, at every step.
-static inline __attribute__((always_inline)) void look_up(int64_t count, const uint8_t *column, const int planes, const uint8_t *table,
-                                                          float factor, float *y, uintptr_t ahead, int64_t stride) {
-    __m512i all[3], odd[3], first[3], second[3];
-#pragma GCC unroll 3
-    for (int p = 0; p < planes; ++p) all[p] = odd[p] = _mm512_setzero_si512();
-    for (int64_t q = 0; q < count; ++q) {
-        const __m512i code = _mm512_loadu_si512(column + q * SQUARE);
-        const __mmask64 upper = _mm512_movepi8_mask(code);
-#pragma GCC unroll 3
-        for (int p = 0; p < planes; ++p, table += RBE_BASIS_VECTORS) {
-            const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), code, _mm512_loadu_si512(table + 64));
-            const __m512i up = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), code, _mm512_loadu_si512(table + 192));
-            const __m512i value = _mm512_mask_blend_epi8(upper, low, up);
-            all[p] = _mm512_add_epi16(all[p], value);
-            odd[p] = _mm512_add_epi16(odd[p], _mm512_srli_epi16(value, 8));
+// `tiles` times 64 rows, `count` codes, one plane: a table is loaded once for all of them. ahead: where a line of codes is asked for at every step.
+static inline __attribute__((always_inline)) void sum_bytes(const int tiles, int64_t count, const uint8_t *const *column, const uint8_t *table,
+                                                            int64_t step, const uintptr_t *ahead, int64_t stride, __m512i *all, __m512i *odd) {
+#pragma GCC unroll 4
+    for (int r = 0; r < tiles; ++r) all[r] = odd[r] = _mm512_setzero_si512();
+    for (int64_t q = 0; q < count; ++q, table += step) {
+        const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
+        const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
+#pragma GCC unroll 4
+        for (int r = 0; r < tiles; ++r) {
+            const __m512i code = _mm512_loadu_si512(column[r] + q * SQUARE);
+            const __m512i low = _mm512_permutex2var_epi8(t0, code, t1), up = _mm512_permutex2var_epi8(t2, code, t3);
+            const __m512i value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, up);
+            all[r] = _mm512_add_epi16(all[r], value);
+            odd[r] = _mm512_add_epi16(odd[r], _mm512_srli_epi16(value, 8));
+            if (ahead) _mm_prefetch((const char *)(ahead[r] + (uintptr_t)(q * stride)), _MM_HINT_T1);
         }
-        _mm_prefetch((const char *)(ahead + (uintptr_t)(q * stride)), _MM_HINT_T1);
     }
+}
+
+// The same of every plane, one token, into y of 64 rows after 64 rows.
+static inline __attribute__((always_inline)) void look_up(const int tiles, int64_t count, const uint8_t *const *column, const int planes,
+                                                          const uint8_t *table, float factor, float *y, const uintptr_t *ahead, int64_t stride) {
+    __m512i first[TILES][3], second[TILES][3];
 #pragma GCC unroll 3
     for (int p = 0; p < planes; ++p) {
-        const __m512i even = _mm512_sub_epi16(all[p], _mm512_slli_epi16(odd[p], 8));
-        // rows 0, 2, .. in even, 1, 3, .. in odd: interleave within lanes, then put the lanes in order
-        const __m512i lo = _mm512_unpacklo_epi16(even, odd[p]), hi = _mm512_unpackhi_epi16(even, odd[p]);
-        first[p] = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
-        second[p] = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+        __m512i all[TILES], odd[TILES];
+        const uint8_t *plane = table + p * RBE_BASIS_VECTORS;
+        if (p == 0 && ahead)
+            sum_bytes(tiles, count, column, plane, planes * RBE_BASIS_VECTORS, ahead, stride, all, odd);
+        else
+            sum_bytes(tiles, count, column, plane, planes * RBE_BASIS_VECTORS, NULL, 0, all, odd);
+#pragma GCC unroll 4
+        for (int r = 0; r < tiles; ++r) {
+            const __m512i even = _mm512_sub_epi16(all[r], _mm512_slli_epi16(odd[r], 8));
+            // rows 0, 2, .. in even, 1, 3, .. in odd: interleave within lanes, then put the lanes in order
+            const __m512i lo = _mm512_unpacklo_epi16(even, odd[r]), hi = _mm512_unpackhi_epi16(even, odd[r]);
+            first[r][p] = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
+            second[r][p] = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+        }
     }
     const __m512 f = _mm512_set1_ps(factor);
     const __m512i offset = _mm512_set1_epi32((int)(count << (8 * planes - 1)));
-    add16(y, first, 0, planes, f, offset);
-    add16(y + 16, first, 1, planes, f, offset);
-    add16(y + 32, second, 0, planes, f, offset);
-    add16(y + 48, second, 1, planes, f, offset);
+#pragma GCC unroll 4
+    for (int r = 0; r < tiles; ++r, y += SQUARE) {
+        add16(y, first[r], 0, planes, f, offset);
+        add16(y + 16, first[r], 1, planes, f, offset);
+        add16(y + 32, second[r], 0, planes, f, offset);
+        add16(y + 48, second[r], 1, planes, f, offset);
+    }
 }
 
-// What is looked up of 64 rows: `count` columns of codes at `column`, every token.
+// What is looked up: `codes` a row, of which some from q0 on, every token.
 typedef struct lookup {
     int64_t tokens, codes, q0;
     int planes;
@@ -169,15 +186,17 @@ typedef struct lookup {
     const float *factor;
 } lookup;
 
-static void look_up_all(const lookup *l, int64_t count, const uint8_t *column, float *y, int64_t y_token, uintptr_t ahead, int64_t stride) {
+// Codes are asked for while the first token's are looked up.
+static inline __attribute__((always_inline)) void look_up_all(const int tiles, const lookup *l, int64_t count, const uint8_t *const *column, float *y,
+                                                              int64_t y_token, const uintptr_t *ahead, int64_t stride) {
     const int64_t blocks = (l->codes + SQUARE - 1) / SQUARE;
     for (int64_t t = 0; t < l->tokens; ++t) {
         const uint8_t *table = l->table + (t * l->codes + l->q0) * l->planes * RBE_BASIS_VECTORS;
         const float factor = l->factor[t * blocks + l->q0 / SQUARE];
         if (l->planes == 1)
-            look_up(count, column, 1, table, factor, y + t * y_token, ahead, stride);
+            look_up(tiles, count, column, 1, table, factor, y + t * y_token, t ? NULL : ahead, stride);
         else
-            look_up(count, column, 3, table, factor, y + t * y_token, ahead, stride);
+            look_up(tiles, count, column, 3, table, factor, y + t * y_token, t ? NULL : ahead, stride);
     }
 }
 
@@ -194,7 +213,9 @@ void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, 
             for (int c = 0; c < SQUARE; c += 16) turn16((const uint8_t *)square + c, column + c);
             // two squares on, or the first ones of the rows that come next; an integer, for it may lie outside the codes
             const int64_t on = b + 2 < blocks ? i * idx_row + l.q0 + 2 * SQUARE : (i + rows) * idx_row + (b + 2 - blocks) * SQUARE;
-            look_up_all(&l, some, (const uint8_t *)column, y + i, y_token, (uintptr_t)idx + (uintptr_t)on, idx_row);
+            const uint8_t *const at = (const uint8_t *)column;
+            const uintptr_t ahead = (uintptr_t)idx + (uintptr_t)on;
+            look_up_all(1, &l, some, &at, y + i, y_token, &ahead, idx_row);
         }
     }
 }
@@ -206,10 +227,21 @@ void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t
     for (int64_t b = 0; b < blocks; ++b) {
         l.q0 = b * SQUARE;
         const int64_t some = count - l.q0 < SQUARE ? count - l.q0 : SQUARE;
-        for (int64_t i = 0; i < tiles; ++i) {
-            // AHEAD tiles on in the order of reading
-            const int64_t next = i + AHEAD, at = next < tiles ? next * count + l.q0 : (next - tiles) * count + l.q0 + SQUARE;
-            look_up_all(&l, some, idx + (i * count + l.q0) * SQUARE, y + i * SQUARE, y_token, (uintptr_t)idx + (uintptr_t)(at * SQUARE), SQUARE);
+        for (int64_t i = 0; i < tiles;) {
+            const int together = tiles - i < TILES ? 1 : TILES;
+            const uint8_t *column[TILES];
+            uintptr_t ahead[TILES];
+            for (int r = 0; r < together; ++r) {
+                // so many tiles on in the order of reading
+                const int64_t next = i + r + (together == 1 ? AHEAD : TILES), on = next < tiles ? next * count : (next - tiles) * count + SQUARE;
+                column[r] = idx + ((i + r) * count + l.q0) * SQUARE;
+                ahead[r] = (uintptr_t)idx + (uintptr_t)((on + l.q0) * SQUARE);
+            }
+            if (together == 1)
+                look_up_all(1, &l, some, column, y + i * SQUARE, y_token, ahead, SQUARE);
+            else
+                look_up_all(TILES, &l, some, column, y + i * SQUARE, y_token, ahead, SQUARE);
+            i += together;
         }
     }
 }
