@@ -42,6 +42,12 @@ typedef struct rbe_digits {
     float step, base;
 } rbe_digits;
 
+// Memory to ask for while something else is computed: line s lies at `at` + s % 64 * row + s / 64 * line, and may lie outside any array.
+typedef struct rbe_ahead {
+    uintptr_t at;
+    int64_t row, line;
+} rbe_ahead;
+
 typedef struct rbe_kernels {
     const char *isa;
     const char *name;  // the ISA with the features that only some of its processors have
@@ -140,15 +146,17 @@ typedef struct rbe_kernels {
     bool (*digits_of_basis)(rbe_digits *digits, const float *basis, int8_t *table);
     // x [tokens <= 16, or packed][cols] -> [steps][tiles][16][64] and unit [16], zeros for tokens that do not exist; false if x is not finite.
     bool (*digits_of_tokens)(const rbe_digits *digits, int64_t tokens, int64_t cols, const float *x, int64_t x_row, float *unit, int8_t *out);
-    // Interleaved codes [groups * M][1, or 2: signs, idx][64] -> parts o .. end - 1, an even number, of [4][steps][digits->w][16][16][4]
-    void (*digits_of_codes)(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out);
+    // Interleaved codes [groups * M][1, or 2: signs, idx][64] -> parts o .. end - 1, an even number, of [4][steps][digits->w][16][16][4].
+    // As many lines are asked for as the codes have.
+    void (*digits_of_codes)(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, int64_t first_line,
+                            const int8_t *table, int8_t *out);
     // y [tiles][16][64], rows of W in the order of the tiles, = or += the product of `steps`; tiles of tokens are x_tile bytes apart, packed: one.
     void (*digits_multiply)(const rbe_digits *digits, int64_t steps, int64_t tiles, const int8_t *x, int64_t x_tile, const int8_t *w,
                             const float *unit, float *y, bool first);
     // y [16][64] = both at once for one tile of tokens: codes are looked up while the matrix unit multiplies those before. False where there are
     // more sums than tiles for them.
-    bool (*digits_stream)(const rbe_digits *digits, int64_t groups, const uint8_t *idx, const int8_t *table, const int8_t *x, const float *unit,
-                          float *y);
+    bool (*digits_stream)(const rbe_digits *digits, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, const int8_t *table,
+                          const int8_t *x, const float *unit, float *y);
     // out[t][i] = y[t][where row i stands] * gain[i] + bias[i] for 64 rows
     void (*digits_order)(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
 } rbe_kernels;
@@ -198,11 +206,12 @@ void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const 
                                float *c, int64_t c_row, bool accumulate);
 bool rbe_digits_of_basis__avx512amx(rbe_digits *digits, const float *basis, int8_t *table);
 bool rbe_digits_of_tokens__avx512amx(const rbe_digits *digits, int64_t tokens, int64_t cols, const float *x, int64_t x_row, float *unit, int8_t *out);
-void rbe_digits_of_codes__avx512amx(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out);
+void rbe_digits_of_codes__avx512amx(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead,
+                                    int64_t first_line, const int8_t *table, int8_t *out);
 void rbe_digits_multiply__avx512amx(const rbe_digits *d, int64_t steps, int64_t tiles, const int8_t *x, int64_t x_tile, const int8_t *w,
                                     const float *unit, float *y, bool first);
-bool rbe_digits_stream__avx512amx(const rbe_digits *d, int64_t groups, const uint8_t *idx, const int8_t *table, const int8_t *x, const float *unit,
-                                  float *y);
+bool rbe_digits_stream__avx512amx(const rbe_digits *d, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, const int8_t *table,
+                                  const int8_t *x, const float *unit, float *y);
 void rbe_digits_order__avx512amx(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
 void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t width, const float *x, const float *turned, float *p);
 void rbe_few_rows__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y);

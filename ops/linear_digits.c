@@ -10,6 +10,7 @@ enum {
     COLUMNS = 512,  // that pass over some rows before the next ones: a part of W's digits in L1, x's in L2
     COLUMNS_FEW = 4096,  // of one tile of tokens
     SUMS = 8 * TOKENS,   // tokens x tiles of rows that pass together: 512 kB
+    AHEAD = 48,          // lines of interleaved codes that are asked for before they are read
     TOKEN_TILE = 16,
     STEP_BYTES = 1024,
 };
@@ -67,6 +68,14 @@ static const uint8_t *codes_of(const pass *s, int64_t tile, int64_t k0, int64_t 
     return copy;
 }
 
+// What to ask for meanwhile: the lines that follow, or of packed rows those of the next tile.
+static rbe_ahead ahead_of(const pass *s, int64_t tile, int64_t k0, const uint8_t *codes) {
+    const rbe_weight *w = s->job->w;
+    if (w->interleaved) return (rbe_ahead){(uintptr_t)codes + AHEAD * RBE_LANES, RBE_LANES, RBE_LANES * RBE_LANES};
+    const int64_t at = (tile + 1) * RBE_LANES * w->packed_stride + k0 * group_bytes(s);
+    return (rbe_ahead){(uintptr_t)w->packed + (uintptr_t)at, w->packed_stride, RBE_LANES};
+}
+
 // y of 64 rows [tokens][64], in the order of the tiles.
 static void store_tile(const pass *s, int64_t tile, const float *y, float *out) {
     const rbe_weight *w = s->job->w;
@@ -114,15 +123,21 @@ static void multiply_rows(int64_t begin, int64_t end, void *context) {
     kernels->split_begin();
     for (int64_t r0 = begin; ready && r0 < end; r0 += together) {
         const int64_t rows = rbe_min(together, end - r0);
-        if (stream && kernels->digits_stream(&s->digits, w->groups, codes_of(s, r0, 0, w->groups, b.codes), s->table, s->x, s->unit, b.y)) {
-            store_tile(s, r0, b.y, b.out);
-            continue;
+        if (stream) {
+            const uint8_t *codes = codes_of(s, r0, 0, w->groups, b.codes);
+            const rbe_ahead ahead = ahead_of(s, r0, 0, codes);
+            if (kernels->digits_stream(&s->digits, w->groups, codes, &ahead, s->table, s->x, s->unit, b.y)) {
+                store_tile(s, r0, b.y, b.out);
+                continue;
+            }
         }
         for (int64_t k0 = 0; k0 < w->groups; k0 += s->chunk) {
             const int64_t groups = rbe_min(s->chunk, w->groups - k0);
             const int8_t *x = s->x + k0 / 4 * g / TOKEN_TILE * x_step;
             for (int64_t r = 0; r < rows; ++r) {
-                kernels->digits_of_codes(&s->digits, 0, 4, groups, codes_of(s, r0 + r, k0, groups, b.codes), s->table, b.digits);
+                const uint8_t *codes = codes_of(s, r0 + r, k0, groups, b.codes);
+                const rbe_ahead ahead = ahead_of(s, r0 + r, k0, codes);
+                kernels->digits_of_codes(&s->digits, 0, 4, groups, codes, &ahead, 0, s->table, b.digits);
                 kernels->digits_multiply(&s->digits, rbe_digit_steps(g, groups * g), tiles, x, s->steps * x_step, b.digits, s->unit,
                                          b.y + r * room, k0 == 0);
             }

@@ -18,7 +18,7 @@ static const double SIGNS_CODE = 60.0;    // signs of a code put on, decoded
 
 static const double LOOKUP = 3.6, LOOKUP_EXACT = 8.2;       // one code of one token in a table of bytes
 static const double BYTE_TABLE = 2.5, BYTE_TABLE_EXACT = 3.0;  // one entry of such a table: product and rounding
-static const double TURN_CODE = 17.0;                        // a byte between packed and interleaved
+static const double TURN_CODE = 17.0, TURN_TILE = 6.0;       // a byte between packed and interleaved; tile by tile, asked for ahead
 static const double FEW_CODE[] = {21.0, 32.0};               // one code, 4 or 8 tokens at once
 static const double FEW_LANE = 2.0;                          // one token of an entry of their tables
 static const double DIGIT_CODE[] = {0.0, 15.0, 30.0, 52.0};  // one, two, three digits of eight weights of one code, looked up
@@ -82,10 +82,10 @@ static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, int6
     const bool signs = l->field == RBE_FIELD_RBE16S;
     const double weights = (double)((rows + RBE_LANES - 1) / RBE_LANES * RBE_LANES) * (double)cols, codes = weights / l->group * l->stages;
     const double t = (double)tokens;
-    const double turn = form == RBE_FORM_INTERLEAVED ? 0.0 : codes * TURN_CODE * (signs ? 2.0 : 1.0);
+    const bool turned = form != RBE_FORM_INTERLEAVED;
     rbe_path path = otherwise;
-    double cost[3] = {turn + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
-                      few_cost(codes, table, tokens), turn + digits_cost(l, weights, tokens, fast)};
+    double cost[3] = {codes * (turned ? TURN_CODE : 0.0) + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
+                      few_cost(codes, table, tokens), codes * (turned ? TURN_TILE * (signs ? 2.0 : 1.0) : 0.0) + digits_cost(l, weights, tokens, fast)};
     const rbe_path paths[3] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS};
     const bool can[3] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
                          kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8, has_digits(kernels, l, fast)};

@@ -52,7 +52,8 @@ static inline void add_packed(int64_t steps, const int8_t *x, const int8_t *w, i
         int turn = 0;                                                                                         \
         for (int64_t k = 0; k < groups; k += together, turn ^= 1) {                                           \
             const int64_t some = groups - k < together ? groups - k : together;                               \
-            rbe_digits_of_codes__avx512amx(d, o, end, some, idx + k * bytes, table, buffer[turn]);            \
+            rbe_digits_of_codes__avx512amx(d, o, end, some, idx + k * bytes, ahead, k * bytes / RBE_LANES, \
+                                            table, buffer[turn]);                                         \
             if (ready) add(ready, left, buffer[turn ^ 1]);                                                    \
             left += ready * step_x;                                                                           \
             ready = rbe_digit_steps(d->group, some * d->group);                                               \
@@ -64,8 +65,8 @@ static inline void add_packed(int64_t steps, const int8_t *x, const int8_t *w, i
 #define ADD_TWO_TWO(steps, left, right) add_two(2, steps, left, right)
 #define ADD_PACKED(steps, left, right) add_packed(steps, left, right, d->w)
 
-bool rbe_digits_stream__avx512amx(const rbe_digits *d, int64_t groups, const uint8_t *idx, const int8_t *table, const int8_t *x, const float *unit,
-                                  float *y) {
+bool rbe_digits_stream__avx512amx(const rbe_digits *d, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, const int8_t *table,
+                                  const int8_t *x, const float *unit, float *y) {
     const int64_t whole = rbe_digit_whole(d->group), bytes = d->stages * (d->flipped ? 2 : 1) * RBE_LANES, step_x = d->packed ? TILE : d->x * TILE;
     const int64_t unit_steps = whole * d->group / 64, together = unit_steps < STEPS ? STEPS / unit_steps * whole : whole;
     if (unit_steps > STEPS || (!d->packed && d->x == 3)) return false;

@@ -13,7 +13,7 @@
 
 #include "../kernels.h"
 
-enum { TILE = 1024, O = 2, STAGES = RBE_DIGIT_STAGES, AHEAD = 48 };
+enum { TILE = 1024, O = 2, STAGES = RBE_DIGIT_STAGES };
 
 // Two of the four registers of 16 rows x 4 groups; groups that do not exist are code 0, for x is zero there.
 static inline void turn_codes(const uint8_t *idx, int64_t apart, int64_t groups, bool upper, __m512i out[O]) {
@@ -90,14 +90,17 @@ static inline __attribute__((always_inline)) void add_carrying(int64_t stages, c
 }
 
 static inline __attribute__((always_inline)) void run(const rbe_digits *digits, int64_t stages, int w, bool flipped, bool carry, int from_o,
-                                                      int to_o, int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out) {
+                                                      int to_o, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, int64_t line,
+                                                      const int8_t *table, int8_t *out) {
     const int64_t g = digits->group, apart = g * RBE_BASIS_VECTORS, plane = stages * apart, planes = flipped ? 2 : 1;
     const int64_t part = rbe_digit_steps(g, groups * g) * w * TILE;
     for (int64_t k = 0; k < groups; k += 4, idx += 4 * stages * planes * RBE_LANES) {
         for (int upper = from_o / O; upper < to_o / O; ++upper) {
             quad q;
-            for (int64_t i = 0; i < 2 * stages * planes; ++i)  // an integer, for it may lie outside the codes
-                _mm_prefetch((const char *)((uintptr_t)idx + (uintptr_t)((AHEAD + upper * 2 * stages * planes + i) * RBE_LANES)), _MM_HINT_T0);
+            for (int64_t i = 0; i < 2 * stages * planes; ++i) {
+                const int64_t s = line + (k + 2 * upper) * stages * planes + i;
+                _mm_prefetch((const char *)(ahead->at + (uintptr_t)(s % 64 * ahead->row + s / 64 * ahead->line)), _MM_HINT_T1);
+            }
 #pragma GCC unroll 4
             for (int64_t s = 0; s < stages; ++s) {
                 const uint8_t *from = idx + s * planes * RBE_LANES;
@@ -125,31 +128,33 @@ static inline __attribute__((always_inline)) void run(const rbe_digits *digits, 
 
 // Loops of a known length for the usual numbers of stages.
 static inline __attribute__((always_inline)) void run_stages(const rbe_digits *digits, int w, bool flipped, bool carry, int o, int end,
-                                                             int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out) {
+                                                             int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, int64_t line,
+                                                             const int8_t *table, int8_t *out) {
     switch (digits->stages) {
-        case 1: run(digits, 1, w, flipped, carry, o, end, groups, idx, table, out); break;
-        case 2: run(digits, 2, w, flipped, carry, o, end, groups, idx, table, out); break;
-        case 4: run(digits, 4, w, flipped, carry, o, end, groups, idx, table, out); break;
-        default: run(digits, digits->stages, w, flipped, carry, o, end, groups, idx, table, out);
+        case 1: run(digits, 1, w, flipped, carry, o, end, groups, idx, ahead, line, table, out); break;
+        case 2: run(digits, 2, w, flipped, carry, o, end, groups, idx, ahead, line, table, out); break;
+        case 4: run(digits, 4, w, flipped, carry, o, end, groups, idx, ahead, line, table, out); break;
+        default: run(digits, digits->stages, w, flipped, carry, o, end, groups, idx, ahead, line, table, out);
     }
 }
 
-void rbe_digits_of_codes__avx512amx(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const int8_t *table, int8_t *out) {
+void rbe_digits_of_codes__avx512amx(const rbe_digits *digits, int o, int end, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead,
+                                    int64_t line, const int8_t *table, int8_t *out) {
     const int64_t used = (groups + 3) / 4 * digits->group;
     if (digits->carry)
-        run_stages(digits, 3, false, true, o, end, groups, idx, table, out);
+        run_stages(digits, 3, false, true, o, end, groups, idx, ahead, line, table, out);
     else if (digits->flipped && digits->w == 1)
-        run_stages(digits, 1, true, false, o, end, groups, idx, table, out);
+        run_stages(digits, 1, true, false, o, end, groups, idx, ahead, line, table, out);
     else if (digits->flipped && digits->w == 2)
-        run_stages(digits, 2, true, false, o, end, groups, idx, table, out);
+        run_stages(digits, 2, true, false, o, end, groups, idx, ahead, line, table, out);
     else if (digits->flipped)
-        run_stages(digits, 3, true, false, o, end, groups, idx, table, out);
+        run_stages(digits, 3, true, false, o, end, groups, idx, ahead, line, table, out);
     else if (digits->w == 1)
-        run_stages(digits, 1, false, false, o, end, groups, idx, table, out);
+        run_stages(digits, 1, false, false, o, end, groups, idx, ahead, line, table, out);
     else if (digits->w == 2)
-        run_stages(digits, 2, false, false, o, end, groups, idx, table, out);
+        run_stages(digits, 2, false, false, o, end, groups, idx, ahead, line, table, out);
     else
-        run_stages(digits, 3, false, false, o, end, groups, idx, table, out);
+        run_stages(digits, 3, false, false, o, end, groups, idx, ahead, line, table, out);
     // places of the last step that no group has: x is zero there
     const int64_t steps = rbe_digit_steps(digits->group, groups * digits->group);
     for (int64_t c = used; c % 16; ++c)
