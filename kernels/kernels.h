@@ -131,8 +131,8 @@ typedef struct rbe_kernels {
                              const float *factor, float *y, int64_t y_token);
 
     // A few tokens in float32 through tables in L1, all NULL where the ISA has none; avx512/few.c has the trick. width: 4 or 8 tokens.
-    // x [groups * g][width], turned basis [M][g][256] -> P [groups * M][256][width]
-    void (*few_tables)(int64_t groups, int64_t stages, int64_t g, int64_t width, const float *x, const float *turned, float *p);
+    // x [groups * g][width], turned basis [M][g][256] -> P [groups * M][256][width], of the first `depth` columns of each group
+    void (*few_tables)(int64_t groups, int64_t stages, int64_t g, int64_t depth, int64_t width, const float *x, const float *turned, float *p);
     // y[i][width] += sum over q < count of P[q][idx[i,q]]; y has room for rows rounded up to 64. Rows of idx are idx_row apart, or interleaved and tiles of 64 rows are `tile` apart.
     void (*few_rows)(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y);
     void (*few_interleaved)(int64_t rows, int64_t count, const uint8_t *idx, int64_t tile, int64_t width, const float *p, float *y);
@@ -213,7 +213,7 @@ void rbe_digits_multiply__avx512amx(const rbe_digits *d, int64_t steps, int64_t 
 bool rbe_digits_stream__avx512amx(const rbe_digits *d, int64_t groups, const uint8_t *idx, const rbe_ahead *ahead, const int8_t *table,
                                   const int8_t *x, const float *unit, float *y);
 void rbe_digits_order__avx512amx(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
-void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t width, const float *x, const float *turned, float *p);
+void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t depth, int64_t width, const float *x, const float *turned, float *p);
 void rbe_few_rows__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y);
 void rbe_few_interleaved__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t tile, int64_t width, const float *p, float *y);
 void rbe_turn_bytes__avx512vbmi(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);

@@ -8,7 +8,7 @@ enum { CODES_BY_FOUR = 8, CODES_BY_EIGHT = 8 };  // 32 kB of tables
 typedef struct pass {
     rbe_job *job;
     const float *turned;  // the basis as [M][g][256]
-    const float *x;       // [K * g][width]
+    const float *x;       // [n][width]
     int64_t t0, tokens, width;
 } pass;
 
@@ -25,7 +25,11 @@ static void sum_rows(int64_t begin, int64_t end, void *context) {
     for (int64_t i = 0; p && y && i < (end - begin) * RBE_LANES * width; ++i) y[i] = 0.0f;
     for (int64_t k = 0; p && y && k < w->groups; k += together) {
         const int64_t groups = rbe_min(together, w->groups - k), q = k * stages;
-        kernels->few_tables(groups, stages, g, width, s->x + k * g * width, s->turned, p);
+        const int64_t full = rbe_min(groups, w->cols / g - k);  // the last group may be cut short
+        kernels->few_tables(full, stages, g, g, width, s->x + k * g * width, s->turned, p);
+        if (full < groups)
+            kernels->few_tables(1, stages, g, w->cols % g, width, s->x + (k + full) * g * width, s->turned,
+                                p + full * stages * RBE_BASIS_VECTORS * width);
         if (w->interleaved)
             kernels->few_interleaved(rows, groups * stages, w->interleaved + (begin * codes + q) * RBE_LANES, codes * RBE_LANES, width, p, y);
         else
@@ -41,9 +45,9 @@ static void sum_rows(int64_t begin, int64_t end, void *context) {
 
 rbe_status rbe_linear_few(rbe_job *job, rbe_error *err) {
     const rbe_weight *w = job->w;
-    const int64_t g = w->layout.group, stages = w->layout.stages, tiles = (w->rows + RBE_LANES - 1) / RBE_LANES, columns = w->groups * g;
+    const int64_t g = w->layout.group, stages = w->layout.stages, tiles = (w->rows + RBE_LANES - 1) / RBE_LANES;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    float *turned = rbe_scratch_take(stages * g * RBE_BASIS_VECTORS, sizeof *turned), *x = rbe_scratch_take(columns * 8, sizeof *x);
+    float *turned = rbe_scratch_take(stages * g * RBE_BASIS_VECTORS, sizeof *turned), *x = rbe_scratch_take(w->cols * 8, sizeof *x);
     if (!turned || !x) atomic_store(&job->failed, true);
     for (int64_t s = 0; turned && x && s < stages; ++s)
         job->kernels->transpose((const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, RBE_BASIS_VECTORS, g, turned + s * RBE_BASIS_VECTORS * g,
@@ -53,7 +57,6 @@ rbe_status rbe_linear_few(rbe_job *job, rbe_error *err) {
         s.tokens = rbe_min(8, job->x->rows - s.t0);
         s.width = s.tokens <= 4 ? 4 : 8;
         rbe_load_tile(job->kernels, job->x, s.t0, s.tokens, 0, w->cols, x, s.width);
-        for (int64_t i = w->cols * s.width; i < columns * s.width; ++i) x[i] = 0.0f;
         rbe_run(job->threads, tiles, rbe_share(job->threads, tiles, 1), sum_rows, &s);
     }
     rbe_scratch_end(mark);

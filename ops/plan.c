@@ -23,6 +23,7 @@ static const double FEW_CODE[] = {21.0, 32.0};               // one code, 4 or 8
 static const double FEW_LANE = 2.0;                          // one token of an entry of their tables
 static const double DIGIT_CODE[] = {0.0, 15.0, 30.0, 52.0};  // one, two, three digits of eight weights of one code, looked up
 static const double DIGIT_TILE[] = {0.0, 1.8, 3.3, 6.7};     // one weight and 16 tokens on the matrix unit
+static const double DIGIT_BASIS = 40.0, DIGIT_X = 12.0;      // a digit of an entry of the basis; an entry of x
 static const double DIGIT_PACKED = 0.7;                      // one digit of a weight and a few tokens that share a tile
 
 static _Atomic rbe_path forced;
@@ -60,11 +61,12 @@ static bool has_digits(const rbe_kernels *kernels, const rbe_layout *l, bool fas
            l->stages <= RBE_DIGIT_STAGES && (fast || !signs || l->stages == 1);
 }
 
-static double digits_cost(const rbe_layout *l, double weights, int64_t tokens, bool fast) {
+static double digits_cost(const rbe_layout *l, double weights, int64_t cols, int64_t tokens, bool fast) {
     const int w = fast ? rbe_weight_digits(l, tokens) : 3;
     const double codes = weights / l->group * l->stages, tiles = (double)((tokens + 15) / 16);
     const double product = tokens <= 16 / (fast ? 2 : 3) ? DIGIT_PACKED * w : DIGIT_TILE[w] * tiles;
-    return codes * DIGIT_CODE[w] * l->group / 8.0 * (double)((tokens + 255) / 256) + weights * product;
+    return codes * DIGIT_CODE[w] * l->group / 8.0 * (double)((tokens + 255) / 256) + weights * product +
+           DIGIT_BASIS * w * RBE_BASIS_VECTORS * l->group * l->stages + DIGIT_X * (double)cols * (double)tokens;
 }
 
 static double few_cost(double codes, double table, int64_t tokens) {
@@ -85,7 +87,7 @@ static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, int6
     const bool turned = form != RBE_FORM_INTERLEAVED;
     rbe_path path = otherwise;
     double cost[3] = {codes * (turned ? TURN_CODE : 0.0) + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
-                      few_cost(codes, table, tokens), codes * (turned ? TURN_TILE * (signs ? 2.0 : 1.0) : 0.0) + digits_cost(l, weights, tokens, fast)};
+                      few_cost(codes, table, tokens), codes * (turned ? TURN_TILE * (signs ? 2.0 : 1.0) : 0.0) + digits_cost(l, weights, cols, tokens, fast)};
     const rbe_path paths[3] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS};
     const bool can[3] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
                          kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8, has_digits(kernels, l, fast)};

@@ -16,7 +16,7 @@ static inline __attribute__((always_inline)) __m512 tokens_of(const float *x, co
 }
 
 // Up to TOGETHER groups.
-static inline __attribute__((always_inline)) void make(const int width, const int64_t groups, int64_t stages, int64_t g, const float *x,
+static inline __attribute__((always_inline)) void make(const int width, const int64_t groups, int64_t stages, int64_t g, int64_t depth, const float *x,
                                                        const float *turned, float *p) {
     const int64_t entries = 16 / width;  // in a vector
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -27,7 +27,7 @@ static inline __attribute__((always_inline)) void make(const int width, const in
             __m512 sum[TOGETHER];
 #pragma GCC unroll 4
             for (int64_t k = 0; k < groups; ++k) sum[k] = _mm512_setzero_ps();
-            for (int64_t e = 0; e < g; ++e) {
+            for (int64_t e = 0; e < depth; ++e) {
                 const __m512 b = _mm512_permutexvar_ps(pick, _mm512_loadu_ps(turned + e * RBE_BASIS_VECTORS + j / 16 * 16));
 #pragma GCC unroll 4
                 for (int64_t k = 0; k < groups; ++k) sum[k] = _mm512_fmadd_ps(b, tokens_of(x + (k * g + e) * width, width), sum[k]);
@@ -38,18 +38,18 @@ static inline __attribute__((always_inline)) void make(const int width, const in
     }
 }
 
-static inline __attribute__((always_inline)) void make_all(const int width, int64_t groups, int64_t stages, int64_t g, const float *x,
+static inline __attribute__((always_inline)) void make_all(const int width, int64_t groups, int64_t stages, int64_t g, int64_t depth, const float *x,
                                                            const float *turned, float *p) {
-    for (; groups >= 4; groups -= 4, x += 4 * g * width, p += 4 * stages * RBE_BASIS_VECTORS * width) make(width, 4, stages, g, x, turned, p);
-    for (; groups >= 2; groups -= 2, x += 2 * g * width, p += 2 * stages * RBE_BASIS_VECTORS * width) make(width, 2, stages, g, x, turned, p);
-    if (groups) make(width, 1, stages, g, x, turned, p);
+    for (; groups >= 4; groups -= 4, x += 4 * g * width, p += 4 * stages * RBE_BASIS_VECTORS * width) make(width, 4, stages, g, depth, x, turned, p);
+    for (; groups >= 2; groups -= 2, x += 2 * g * width, p += 2 * stages * RBE_BASIS_VECTORS * width) make(width, 2, stages, g, depth, x, turned, p);
+    if (groups) make(width, 1, stages, g, depth, x, turned, p);
 }
 
-void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t width, const float *x, const float *turned, float *p) {
+void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t depth, int64_t width, const float *x, const float *turned, float *p) {
     if (width == 4)
-        make_all(4, groups, stages, g, x, turned, p);
+        make_all(4, groups, stages, g, depth, x, turned, p);
     else
-        make_all(8, groups, stages, g, x, turned, p);
+        make_all(8, groups, stages, g, depth, x, turned, p);
 }
 
 // Where the entries of 64 rows and 8 codes lie in their tables, in bytes.

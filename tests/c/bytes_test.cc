@@ -137,6 +137,34 @@ TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
     }
 }
 
+// Activations of every type, in any strides, that no path may read or write outside of.
+TEST(Bytes, TypesAndStrides) {
+    std::mt19937 random(9);
+    for (const char *layout : {"rbe8x2_g8", "rbe16s_g8"}) {
+        for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
+            const double rounding = dtype == RBE_F32 ? 0.0 : 2.0 * (dtype == RBE_BF16 ? kBfloat16Step : kFloat16Step);
+            for (Matrix::Shape shape : {Matrix::kRows, Matrix::kPadded, Matrix::kTransposed, Matrix::kReversed, Matrix::kSpaced}) {
+                for (int64_t tokens : {1, 5, 18}) {
+                    Forward f(layout, 77, 90, tokens, random, Weight::kPacked, dtype, shape, shape == Matrix::kSpaced ? Matrix::kPadded : shape);
+                    f.reference();
+                    for (const std::string &isa : host_isas()) {
+                        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS}) {
+                            const Using use(isa, path);
+                            const std::vector<char> before = f.y.surroundings();
+                            // the rounding of y is to a step of y, at most some times the root mean square of a row
+                            f.run(RBE_ACCURACY_EXACT);
+                            expect_rows_near(f, kFloat32Error + 3.0 * rounding, isa + " " + layout + " exact path " + std::to_string(path));
+                            f.run(RBE_ACCURACY_FAST);
+                            expect_rows_near(f, kByteError + 3.0 * rounding, isa + " " + layout + " fast path " + std::to_string(path));
+                            ASSERT_EQ(before, f.y.surroundings()) << isa << ": wrote outside y";
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 // More columns than pass over the rows at once, and more tokens than a block.
 TEST(Bytes, DigitsOverSeveralChunks) {
     std::mt19937 random(6);

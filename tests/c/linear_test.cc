@@ -125,7 +125,7 @@ TEST(Linear, NonFiniteStaysInItsTokensRow) {
 // What pads the last group of the basis must not reach a result, whatever it is.
 TEST(Linear, PaddingOfTheBasisIsNeverRead) {
     std::mt19937 random(8);
-    for (const char *layout : {"rbe22_g16", "rbe8x2_g8"}) {
+    for (const char *layout : {"rbe22_g16", "rbe8x2_g8", "rbe8x2_g16"}) {
         Forward f(layout, 30, 8, 6, random, Weight::kPacked);
         f.reference();
         const int64_t g = f.weight.w.layout.group;
@@ -148,13 +148,15 @@ TEST(Linear, SameBitsRunToRunAndForAnyNumberOfThreads) {
             for (rbe_path path : kPaths) {
                 Forward f(layout, 203, 330, tokens, random, Weight::kPacked);
                 const Using use(host_isas().back(), path);
-                f.run(RBE_ACCURACY_FAST);
-                const std::vector<char> once = f.y.bytes;
-                for (int count : {1, 2, 3, 7}) {
-                    const Threads threads(count);
-                    std::fill(f.y.bytes.begin(), f.y.bytes.end(), (char)0x5A);
-                    f.run(RBE_ACCURACY_FAST, &threads.parallel);
-                    ASSERT_EQ(once, f.y.bytes) << layout << " tokens " << tokens << " path " << path << " threads " << count;
+                for (rbe_accuracy accuracy : {RBE_ACCURACY_FAST, RBE_ACCURACY_EXACT}) {
+                    f.run(accuracy);
+                    const std::vector<char> once = f.y.bytes;
+                    for (int count : {1, 2, 3, 7}) {
+                        const Threads threads(count);
+                        std::fill(f.y.bytes.begin(), f.y.bytes.end(), (char)0x5A);
+                        f.run(accuracy, &threads.parallel);
+                        ASSERT_EQ(once, f.y.bytes) << layout << " tokens " << tokens << " path " << path << " threads " << count;
+                    }
                 }
             }
         }
