@@ -5,7 +5,7 @@
 #include "dispatch.h"
 #include "plan.h"
 
-enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32, TOKENS_ONE_DIGIT = 32 };
+enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32, TOKENS_ONE_DIGIT = 32, COLUMNS_DIGITS = 2048 };
 
 static const double SUM_LANE = 4.5;       // one lane of a table row: its line comes from L2
 static const double UNPACK_CODE = 58.0;   // word -> idx and scale, curves at random
@@ -57,8 +57,8 @@ int rbe_weight_digits(const rbe_layout *l, int64_t tokens) { return tokens <= TO
 // Codes of one byte, or with signs; three digits of those have room for one stage.
 static bool has_digits(const rbe_kernels *kernels, const rbe_layout *l, bool fast) {
     const bool signs = l->field == RBE_FIELD_RBE16S;
-    return kernels->digits_multiply && (l->field == RBE_FIELD_RBE8 || signs) && l->residual == RBE_RESIDUAL_NONE && l->group % 4 == 0 &&
-           l->stages <= RBE_DIGIT_STAGES && (fast || !signs || l->stages == 1);
+    return kernels->digits_multiply && (l->field == RBE_FIELD_RBE8 || signs) && l->residual == RBE_RESIDUAL_NONE &&
+           rbe_digit_whole(l->group) * l->group <= COLUMNS_DIGITS && l->stages <= RBE_DIGIT_STAGES && (fast || !signs || l->stages == 1);
 }
 
 static double digits_cost(const rbe_layout *l, double weights, int64_t cols, int64_t tokens, bool fast) {
