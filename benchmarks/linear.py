@@ -19,7 +19,7 @@ SIZES = [(768, 768), (4096, 4096)]
 FULL_SIZES = [(768, 768), (3072, 768), (4096, 4096), (11008, 4096)]
 LAYOUTS = ["rbe22_g64", "rbe22_g128", "rbe8x2_g8", "rbe8x4_g8", "rbe16s_g8"]
 FULL_LAYOUTS = ["rbe22_g16", "rbe22_g32", "rbe22_g64", "rbe22_g128", "rbe32_g64", "rbe9r_g16", "rbe8_g8", "rbe8x2_g8", "rbe8x4_g8", "rbe16s_g8"]
-TOKENS = [1, 4, 16, 64, 512]
+TOKENS = [1, 4, 8, 16, 64, 512]
 FULL_TOKENS = [1, 2, 4, 8, 16, 64, 512, 2048]
 COLD_TOKENS = 16
 # Largest error over the largest output against float64 of the decoded weight.
@@ -100,7 +100,7 @@ def main() -> None:
     for m, n in FULL_SIZES if arguments.full else SIZES:
         for text in FULL_LAYOUTS if arguments.full else LAYOUTS:
             for tokens in FULL_TOKENS if arguments.full else TOKENS:
-                for accuracy in ("exact", "fast") if text.startswith("rbe8") else ("exact",):
+                for accuracy in ("exact", "fast") if text.startswith(("rbe8", "rbe16s")) else ("exact",):
                     run = functools.partial(run_case, text, m, n, tokens, accuracy, seconds=arguments.seconds)
                     cases[f"{text} {m}x{n} {tokens} {accuracy}"] = run
     rows, path = harness.run_cases(arguments, "linear", cases)
