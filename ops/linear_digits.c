@@ -8,7 +8,8 @@
 enum {
     TOKENS = 256,   // a block of tokens shares the decoded rows
     COLUMNS = 512,  // that pass over some rows before the next ones: a part of W's digits in L1, x's in L2
-    COLUMNS_FEW = 4096,  // of one tile of tokens
+    COLUMNS_FEW = 2048,       // of one tile of tokens
+    COLUMNS_STREAM = 32768,   // at most, in one go: three products of bytes a column still fit an int32
     SUMS = 8 * TOKENS,   // tokens x tiles of rows that pass together: 512 kB
     AHEAD = 48,          // lines of interleaved codes that are asked for before they are read
     TOKEN_TILE = 16,
@@ -98,11 +99,11 @@ typedef struct buffers {
     float *y, *out;  // [tiles together][tokens rounded up][64], [16][64]
 } buffers;
 
-static bool take_tile_buffers(const pass *s, int64_t together, buffers *b) {
+static bool take_tile_buffers(const pass *s, int64_t together, bool stream, buffers *b) {
     const rbe_weight *w = s->job->w;
     const int64_t groups = rbe_min(s->chunk, w->groups), steps = rbe_digit_steps(s->digits.group, groups * s->digits.group);
     b->digits = rbe_scratch_take(steps * s->digits.w * 4, STEP_BYTES);
-    b->codes = w->interleaved ? NULL : rbe_scratch_take(groups * group_bytes(s), RBE_LANES);
+    b->codes = w->interleaved ? NULL : rbe_scratch_take((stream ? w->groups : groups) * group_bytes(s), RBE_LANES);
     b->y = rbe_scratch_take(together * token_tiles(s) * TOKEN_TILE * RBE_LANES, sizeof *b->y);
     b->out = rbe_scratch_take(TOKEN_TILE * RBE_LANES, sizeof *b->out);
     return b->digits && (b->codes || w->interleaved) && b->y && b->out;
@@ -114,11 +115,11 @@ static void multiply_rows(int64_t begin, int64_t end, void *context) {
     const rbe_weight *w = s->job->w;
     const rbe_kernels *kernels = s->job->kernels;
     const int64_t tiles = token_tiles(s), room = tiles * TOKEN_TILE * RBE_LANES, x_step = step_tiles(s) * STEP_BYTES, g = s->digits.group;
-    const bool stream = tiles == 1 && s->chunk >= w->groups;
+    const bool stream = tiles == 1 && (s->digits.packed || s->digits.x == 2) && w->cols <= COLUMNS_STREAM;
     const int64_t together = tiles == 1 ? 1 : rbe_max(1, SUMS / (tiles * TOKEN_TILE));
     const rbe_scratch_mark mark = rbe_scratch_begin();
     buffers b;
-    const bool ready = take_tile_buffers(s, together, &b);
+    const bool ready = take_tile_buffers(s, together, stream, &b);
     if (!ready) atomic_store(&s->job->failed, true);
     kernels->split_begin();
     for (int64_t r0 = begin; ready && r0 < end; r0 += together) {

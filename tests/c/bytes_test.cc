@@ -202,6 +202,31 @@ TEST(Bytes, DigitsDoNotOverflow) {
     }
 }
 
+// Few tokens are summed from the first column to the last in int32, up to 32768 columns, in chunks beyond: every product near the largest, of one sign.
+TEST(Bytes, DigitsOfManyColumnsDoNotOverflow) {
+    std::mt19937 random(10);
+    for (const std::string &isa : host_isas()) {
+        if (!has_digits(isa)) continue;
+        for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x4_g8"}) {
+            for (int64_t n : {32768, 32776}) {
+                for (int64_t tokens : {2, 9}) {
+                    Forward f(layout, 3, n, tokens, random, Weight::kInterleaved);
+                    std::fill(f.weight.basis.begin(), f.weight.basis.end(), 2.98f);
+                    f.weight.basis[0] = 3.0f;
+                    for (int64_t t = 0; t < tokens; ++t)
+                        for (int64_t j = 0; j < n; ++j) f.x.set(t, j, (t % 2 ? 1.0 : -1.0) * (j ? 0.99 : 1.0));
+                    f.reference();
+                    const Using use(isa, RBE_PATH_DIGITS);
+                    f.run(RBE_ACCURACY_FAST);
+                    expect_near(f.y, f.truth, kByteError, std::string(layout) + " columns " + std::to_string(n));
+                    f.run(RBE_ACCURACY_EXACT);
+                    expect_near(f.y, f.truth, kFloat32Error, std::string(layout) + " three digits, columns " + std::to_string(n));
+                }
+            }
+        }
+    }
+}
+
 TEST(Bytes, ZeroTinyAndHugeInputs) {
     std::mt19937 random(8);
     for (const std::string &isa : host_isas()) {
