@@ -38,18 +38,22 @@ static order order_of(int64_t g, int64_t cols) {
     return o;
 }
 
-static inline __m512 read16(const order *o, const float *x, int64_t step, int64_t r) {
-    if (o->dense) {
-        const int64_t j = step * PLACES + r * 16;
-        return _mm512_maskz_loadu_ps(first(o->cols - j), x + j);
-    }
+// Columns of the places r, r + 4, .. of a step that are not dense; -1 beyond the last.
+static inline __m512i columns_of(const order *o, int64_t step, int64_t r) {
     int32_t column[16];
     for (int64_t c = 0; c < 16; ++c) {
         const int64_t at = step * 16 + c, j = (at / o->g * 4 + r) * o->g + at % o->g;
         column[c] = j < o->cols ? (int32_t)j : -1;
     }
-    const __m512i j = _mm512_loadu_si512(column);
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), _mm512_cmpge_epi32_mask(j, _mm512_setzero_si512()), j, x, 4);
+    return _mm512_loadu_si512(column);
+}
+
+static inline __m512 read16(const order *o, const float *x, int64_t step, int64_t r, __m512i column) {
+    if (o->dense) {
+        const int64_t j = step * PLACES + r * 16;
+        return _mm512_maskz_loadu_ps(first(o->cols - j), x + j);
+    }
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), _mm512_cmpge_epi32_mask(column, _mm512_setzero_si512()), column, x, 4);
 }
 
 static inline void take_digits(__m512 value, int digits, float base, __m128i *out) {
@@ -70,17 +74,19 @@ bool rbe_digits_of_tokens__avx512amx(const rbe_digits *digits, int64_t tokens, i
     bool finite = true;
     if (tokens < 16 || digits->packed) memset(out, 0, (size_t)(steps * tiles * TILE));
     for (int64_t t = 0; t < 16; ++t) {
-        unit[t] = 0.0f;
-        if (t >= tokens) continue;
-        const float *line = x + t * x_row;
-        const uint32_t top = largest(cols, line);
+        const uint32_t top = t < tokens ? largest(cols, x + t * x_row) : 0;
         finite &= top < 0x7F800000u;
         // a token of nothing but numbers below 1e-36 counts as zero: the inverse of its unit is not a float
-        if (top >= 0x03AA2425u) unit[t] = float_of(top) / 126.0f;
-        const __m512 scale = _mm512_set1_ps(unit[t] > 0.0f ? 1.0f / unit[t] : 0.0f);
-        for (int64_t step = 0; step < steps; ++step) {
+        unit[t] = top < 0x03AA2425u ? 0.0f : float_of(top) / 126.0f;
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        __m512i column[4];
+        for (int64_t r = 0; r < 4; ++r) column[r] = o.dense ? _mm512_setzero_si512() : columns_of(&o, step, r);
+        for (int64_t t = 0; t < tokens; ++t) {
+            const __m512 scale = _mm512_set1_ps(unit[t] > 0.0f ? 1.0f / unit[t] : 0.0f);
             __m128i bytes[4][3];
-            for (int64_t r = 0; r < 4; ++r) take_digits(_mm512_mul_ps(read16(&o, line, step, r), scale), digits->x, digits->base, bytes[r]);
+            for (int64_t r = 0; r < 4; ++r)
+                take_digits(_mm512_mul_ps(read16(&o, x + t * x_row, step, r, column[r]), scale), digits->x, digits->base, bytes[r]);
             for (int d = 0; d < digits->x; ++d) {
                 const __m256i low = _mm256_setr_m128i(bytes[0][d], bytes[1][d]), high = _mm256_setr_m128i(bytes[2][d], bytes[3][d]);
                 const __m512i all = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
