@@ -5,17 +5,18 @@ HiT's protocol (He et al. 2024, "Language models as hierarchy encoders", arXiv 2
     benchmarks/hbbert.py                reduced: the nouns below one word, a few steps, one training run a row and seed; minutes on a CPU core
     benchmarks/hbbert.py --full         all 74,401 nouns, a run for each of HiT's four settings; for a GPU
 
-Rows: four spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates
+Rows: five spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates
 (hbbert_bench.py has the definitions).
 
-    euclidean   BERT's mean-pooled output, halved; curvature 0
-    hit         BERT's mean-pooled output read as a point, curvature -1/d: HiT
-    ours        the same, halved, with four times the curvature: points start as deep in the ball as HiT's, and the loss's margins, which
-                are lengths, are twice as large against the radius of curvature
-    inner       hyperbolic inner layers, the curvature learned from -1/(8 d), which leaves the pretrained encoder nearly what it was
+    euclidean         BERT's mean-pooled output, curvature 0
+    euclidean halved  half of it, curvature 0
+    hit               BERT's mean-pooled output read as a point, curvature -1/d: HiT
+    ours              half of it, four times the curvature: points start as deep in the ball as HiT's, and the loss's margins, which are
+                      lengths, are twice as large against the radius of curvature
+    inner             hyperbolic inner layers, the curvature learned from -1/(8 d), which leaves the pretrained encoder nearly what it was
 
-`euclidean` and `ours` were each chosen among three by validation F1 on a seed of its own (results/hbbert_scale.json): factors 1/2, 1 and
-2 for the one, three pairs of a factor and a curvature for the other.
+`euclidean halved` and `ours` were each the best of three by validation F1 on a seed of its own (results/hbbert_scale.json): factors 1/2, 1
+and 2 for the one, three pairs of a factor and a curvature for the other.
 
 A row at 2 bits takes half of its steps dense, is compressed with the names as calibration, and takes the other half in codes; rbe22_g64,
 which holds nothing of a trained weight, takes all of them in codes. A seed also draws the split and the pairs, the same for every row.
@@ -38,7 +39,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from harness import cpu_name, table  # noqa: E402
-from hbbert_bench import CALIBRATION, LAYOUTS, SCALE, SPACES, Bench  # noqa: E402
+from hbbert_bench import CALIBRATION, CONTROL, LAYOUTS, SCALE, SPACES, Bench  # noqa: E402
 
 from rbe_torch.hyperbolic.tasks import NEGATIVES, TASKS  # noqa: E402
 from rbe_torch.hyperbolic.wordnet import DEFAULT  # noqa: E402
@@ -71,12 +72,12 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def file_of(options: argparse.Namespace, space: str, codes: str, seed: int) -> Path:
     """Where a finished row is kept."""
-    return options.out / f"hbbert-{'full' if options.full else 'reduced'}-{space}-{codes.replace(' ', '')}-{seed}.json"
+    return options.out / f"hbbert-{'full' if options.full else 'reduced'}-{space.replace(' ', '')}-{codes.replace(' ', '')}-{seed}.json"
 
 
 def points_of(options: argparse.Namespace, space: str, codes: str, seed: int) -> Path:
     """Where the points of a reduced row are kept."""
-    return options.out / f"hbbert-run-{space}-{codes.replace(' ', '')}-{seed}.points.pt"
+    return options.out / f"hbbert-run-{space.replace(' ', '')}-{codes.replace(' ', '')}-{seed}.points.pt"
 
 
 def measure(bench: Bench, space: str, codes: str) -> dict[str, Any]:
@@ -131,7 +132,8 @@ def settings_of(bench: Bench, space: str, codes: str) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every space and layout: mean and standard deviation over the seeds, of each setting and of their mean; and the difference of that
-    mean from the Euclidean row's, and from the same space's dense row, of the same seeds, with its standard error."""
+    mean from the row that has no curvature but is otherwise the same, and from the same space's dense row, of the same seeds, with its standard
+    error."""
     scores: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         scores.setdefault((row["space"], row["codes"]), {})[row["seed"]] = [row["f1"][name]["test"] for name in SETTINGS]
@@ -141,7 +143,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         means = {**{name: values[:, i] for i, name in enumerate(SETTINGS)}, "mean": values.mean(1)}
         entry: dict[str, Any] = {"space": space, "codes": codes, "seeds": sorted(seeds)}
         entry |= {name: {"mean": float(each.mean()), "sd": _deviation(each)} for name, each in means.items()}
-        for title, other in (("against euclidean", ("euclidean", codes)), ("against dense", (space, "dense"))):
+        for title, other in (("against control", (CONTROL.get(space, space), codes)), ("against dense", (space, "dense"))):
             both = sorted(set(seeds) & set(scores.get(other, {})))
             if other != (space, codes) and both:
                 apart = np.array([np.mean(seeds[seed]) - np.mean(scores[other][seed]) for seed in both])
@@ -163,10 +165,10 @@ def show(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         line = {"space": entry["space"], "weights": entry["codes"], "seeds": len(entry["seeds"])}
         line |= {name: text(entry[name]["mean"], entry[name]["sd"]) for name in (*SETTINGS, "mean")}
-        for title in ("against euclidean", "against dense"):
+        for title in ("against control", "against dense"):
             line[title] = text(entry[title]["mean"], entry[title]["standard_error"], "+") if title in entry else ""
         lines.append(line)
-    return table(lines, ("space", "weights", "seeds", *SETTINGS, "mean", "against euclidean", "against dense"))
+    return table(lines, ("space", "weights", "seeds", *SETTINGS, "mean", "against control", "against dense"))
 
 
 def main() -> int:
@@ -204,7 +206,7 @@ def main() -> int:
             if kept is None or kept["settings"] != settings:
                 kept = {"settings": settings, "machine": machine, "row": measure(bench, space, codes)}
                 file.write_text(json.dumps(kept, indent=1) + "\n")
-                for checkpoint in options.out.glob(f"hbbert-run-{space}-{codes.replace(' ', '')}-{seed}*.pt"):
+                for checkpoint in options.out.glob(f"hbbert-run-{space.replace(' ', '')}-{codes.replace(' ', '')}-{seed}*.pt"):
                     if not checkpoint.name.endswith(".points.pt"):
                         checkpoint.unlink()
             rows.append(kept["row"])

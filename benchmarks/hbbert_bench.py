@@ -29,11 +29,13 @@ from rbe_torch.hyperbolic.wordnet import read_wordnet
 # says how deep in the ball they start.
 SPACES: dict[str, dict[str, Any]] = {
     "euclidean": {"manifold": "poincare", "mode": "output", "curvature": 0.0},
+    "euclidean halved": {"manifold": "poincare", "mode": "output", "curvature": 0.0},
     "hit": {"manifold": "poincare", "mode": "output"},
     "ours": {"manifold": "poincare", "mode": "output", "curvature": 4.0},
     "inner": {"manifold": "poincare", "mode": "inner", "curvature": 0.125, "learnable_curvature": True},
 }
-SCALE = {"euclidean": 0.5, "hit": 1.0, "ours": 0.5, "inner": 1.0}
+SCALE = {"euclidean": 1.0, "euclidean halved": 0.5, "hit": 1.0, "ours": 0.5, "inner": 1.0}
+CONTROL = {"hit": "euclidean", "ours": "euclidean halved", "inner": "euclidean"}  # differs in curvature alone
 LAYOUTS = {"dense": None, "2 bits": "rbe8x2_g8", "rbe22_g64": "rbe22_g64"}
 CALIBRATION = (16, 64)  # batches, names a batch
 

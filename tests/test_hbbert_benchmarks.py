@@ -64,7 +64,7 @@ def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
     assert json.loads((tmp_path / "hbbert_reduced.json").read_text()) == facts, again.stderr
     assert script("hbbert.py", inputs, tmp_path, "--only", "dense", "--seeds", 2, "--bfloat16").returncode == 0
     means = json.loads((tmp_path / "hbbert_reduced.json").read_text())["summary"]
-    assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in ("euclidean", "hit", "ours", "inner")]
+    assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in ("euclidean", "euclidean halved", "hit", "ours", "inner")]
     drawn = script("hbbert_pictures.py", inputs, tmp_path, "--tree", "r a")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "hbbert_disk.png").stat().st_size > 10_000 and (tmp_path / "hbbert_norms.png").stat().st_size > 5_000
@@ -92,13 +92,13 @@ def test_means_and_differences_are_of_the_same_seeds(monkeypatch):
     def row(space: str, codes: str, seed: int, value: float) -> dict:
         return {"space": space, "codes": codes, "seed": seed, "f1": {name: {"test": value} for name in hbbert.SETTINGS}}
 
-    rows = [row("euclidean", "dense", 0, 0.5), row("euclidean", "dense", 1, 0.7), row("euclidean", "dense", 2, 0.0)]
+    rows = [row("euclidean halved", "dense", 0, 0.5), row("euclidean halved", "dense", 1, 0.7), row("euclidean halved", "dense", 2, 0.0)]
     rows += [row("ours", "dense", 0, 0.6), row("ours", "dense", 1, 0.9), row("ours", "2 bits", 1, 0.8)]
     control, ours, coded = hbbert.summary(rows)
-    assert control["mean"]["mean"] == pytest.approx(0.4) and "against euclidean" not in control
+    assert control["mean"]["mean"] == pytest.approx(0.4) and "against control" not in control
     assert ours["mean"] == pytest.approx({"mean": 0.75, "sd": 0.3 / 2**0.5})
-    assert ours["against euclidean"]["mean"] == pytest.approx(0.15) and ours["against euclidean"]["standard_error"] == pytest.approx(0.05)
-    assert ours["against euclidean"]["seeds"] == [0, 1]
+    assert ours["against control"]["mean"] == pytest.approx(0.15) and ours["against control"]["standard_error"] == pytest.approx(0.05)
+    assert ours["against control"]["seeds"] == [0, 1]
     assert coded["against dense"]["mean"] == pytest.approx(-0.1) and coded["against dense"]["standard_error"] is None
 
 
