@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import hbbert
+import hbbert_bench
 import numpy as np
 import torch
 from harness import cpu_name, table
@@ -31,7 +32,6 @@ from torch import nn
 import rbe_torch
 from rbe_torch import models
 from rbe_torch.hyperbolic import HbBertForSequenceClassification, HbBertModel
-from rbe_torch.hyperbolic.tasks import NEGATIVES
 from rbe_torch.hyperbolic.training import Options, optimiser_of, train
 
 LAYOUT = "rbe8x2_g8"
@@ -74,7 +74,7 @@ def stages(
 
 def rate_of(model: nn.Module, options: argparse.Namespace) -> float:
     coded = any(isinstance(module, rbe_torch.RBELinear) for module in model.modules())
-    return options.code_lr if coded else options.lr
+    return options.code_lr[0] if coded else options.lr
 
 
 # ---- SST-2 ------------------------------------------------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(options.seed))[: options.steps * options.batch].tolist()
     dev, dev_labels = read_sst2(options.data / "sst2" / "dev.tsv")
     torch.manual_seed(options.seed)
-    bert = models.load_dense(source)
-    model = HbBertForSequenceClassification.from_pretrained(bert, **hbbert.arguments_of(options.space, bert)).to(options.device)
+    bert = hbbert_bench.scaled(models.load_dense(source), hbbert_bench.SCALE[options.space])
+    model = HbBertForSequenceClassification.from_pretrained(bert, **hbbert_bench.arguments_of(options.space, bert)).to(options.device)
 
     def batches(texts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
         return [dict(tokenizer(texts[i : i + size], padding=True, truncation=True, max_length=48, return_tensors="pt").to(options.device))
@@ -135,26 +135,24 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
 
 # ---- the hierarchy ----------------------------------------------------------------------------------------------------------------
 def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
-    bench = hbbert.Bench(options)
+    bench = hbbert_bench.Bench(options)
     parts = bench.splits["mixed"]
-    indirect = bench.indirect(parts)
 
     def learn(model: HbBertModel, number: int, factor: float) -> list[float]:
         settings = replace(bench.settings, lr=rate_of(model, options) * factor, seed=options.seed + number)
         return train(model, bench.names, bench.hierarchy, parts.train, settings)
 
     def judge(model: HbBertModel) -> float:
-        points = bench.points(model)
-        return float(np.mean([bench.f1(model, points, pairs, kind)["test"] for pairs in (indirect, parts) for kind in NEGATIVES]))
+        return float(np.mean([found["test"] for found in bench.f1_of_both_tasks(model, bench.points(model)).values()]))
 
-    calibration = bench.names.batches(*hbbert.CALIBRATION, options.seed, options.device)
+    calibration = bench.names.batches(*hbbert_bench.CALIBRATION, options.seed, options.device)
     return stages(bench.model(options.space), learn, judge, calibration, "hierarchy, mean F1", options.controls)
 
 
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/train.tsv and sst2/dev.tsv")
-    parser.add_argument("--space", choices=tuple(hbbert.SPACES), default="ours")
+    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="ours")
     parser.add_argument("--controls", action="store_true", help="also train the dense model on for as many steps")
     parser.add_argument("--task", choices=("sst2", "hierarchy"), action="append", help="only this one")
     options = parser.parse_args()

@@ -1,17 +1,19 @@
 """Two pictures of a trained Hb-BERT: a part of WordNet's tree in the Poincare disk, and distance from the origin against depth.
 
-Reads the points that benchmarks/hbbert.py left in OUT (hbbert-run-SPACE-dense.points.pt). They lie in 384 dimensions. For the disk each
+Reads the points that benchmarks/hbbert.py left in OUT for the dense rows of --seed (the spaces that have one). They lie in 384 dimensions. For the disk each
 gets a point of two, with the distances to the others and to the origin that the model has, as nearly as Riemannian Adam finds them
 (hyperbolic multidimensional scaling; the title says how nearly). Edges are geodesics. The second picture shows the points themselves.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import geoopt
 import hbbert
+import hbbert_bench
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,13 +52,13 @@ def to_disk(points: Tensor, manifold: Lorentz | PoincareBall) -> tuple[Tensor, f
     return x.detach(), float(error.square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
-def draw_disk(bench: hbbert.Bench, points: Tensor, manifold: Lorentz | PoincareBall, word: str, path: Path) -> None:
+def draw_disk(bench: hbbert_bench.Bench, points: Tensor, manifold: Lorentz | PoincareBall, word: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    whole, root = bench.hierarchy, hbbert.find(bench.hierarchy, word)
+    whole, root = bench.hierarchy, hbbert_bench.find(bench.hierarchy, word)
     kept = [i for i in range(len(whole.names)) if i == root or root in whole.ancestors[i]]
     tree = whole.below(root)
     flat, error = to_disk(points[kept], manifold)
@@ -79,7 +81,7 @@ def draw_disk(bench: hbbert.Bench, points: Tensor, manifold: Lorentz | PoincareB
     pyplot.close(figure)
 
 
-def draw_norms(bench: hbbert.Bench, panels: dict[str, tuple[Tensor, Lorentz | PoincareBall]], path: Path) -> dict[str, float]:
+def draw_norms(bench: hbbert_bench.Bench, panels: dict[str, tuple[Tensor, Lorentz | PoincareBall]], path: Path) -> dict[str, float]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,18 +106,21 @@ def draw_norms(bench: hbbert.Bench, panels: dict[str, tuple[Tensor, Lorentz | Po
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--tree", default="carnivore", help="the noun whose descendants the disk shows; default carnivore")
-    parser.add_argument("--space", choices=tuple(hbbert.SPACES), default="ours", help="of the disk; default ours")
+    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="ours", help="of the disk; default ours")
     options = parser.parse_args()
-    bench = hbbert.Bench(options)
+    bench = hbbert_bench.Bench(options)
     panels = {}
-    for space, arguments in hbbert.SPACES.items():
-        file, row = options.out / f"hbbert-run-{space}-dense.points.pt", options.out / f"hbbert-reduced-{space}-dense.json"
+    for space, arguments in hbbert_bench.SPACES.items():
+        file, row = (path(options, space, "dense", options.seed) for path in (hbbert.points_of, hbbert.file_of))
         if not file.is_file() or not row.is_file():
-            raise SystemExit(f"{file} is not there; run benchmarks/hbbert.py --out {options.out} first")
+            continue
         points = torch.load(file, weights_only=True)
         if len(points) != len(bench.hierarchy.names):
             raise SystemExit(f"{file} holds {len(points)} points, the nouns below {options.below!r} are {len(bench.hierarchy.names)}")
-        panels[space] = (points, MANIFOLDS[arguments["manifold"]](hbbert.curvature_of(row)))
+        panels[space] = (points, MANIFOLDS[arguments["manifold"]](json.loads(row.read_text())["row"]["curvature"]))
+    if options.space not in panels:
+        missing = f"has no dense row of {options.space} and seed {options.seed}"
+        raise SystemExit(f"--out: {options.out} {missing}; run benchmarks/hbbert.py --out {options.out} first")
     draw_disk(bench, *panels[options.space], options.tree, options.out / "hbbert_disk.png")
     print("Spearman of norm and depth:", draw_norms(bench, panels, options.out / "hbbert_norms.png"))
     print(f"written: {options.out / 'hbbert_disk.png'}, {options.out / 'hbbert_norms.png'}")

@@ -23,6 +23,7 @@ from rbe_torch.hyperbolic.training import Names, Options, encode_all, train
 from rbe_torch.hyperbolic.wordnet import DEFAULT, read_wordnet
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ROUNDED = 0.05  # losses of a few steps with products in bfloat16, which has 3 digits
 LEARNT = 0.8  # of the first losses
 
 
@@ -269,6 +270,18 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(directory, tmp_
         assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="is of a run with other settings .*'steps': .8, 9."):
         train(start(directory), names, hierarchy, parts.train, Options(steps=9, batch=8, lr=1e-3), tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("layout", [None, "rbe22_g8"])
+def test_products_in_bfloat16_give_the_same_training_but_for_rounding(layout, directory):
+    hierarchy, losses = tree(), {}
+    for half in (False, True):
+        torch.manual_seed(1)
+        model = start(directory, layout)
+        options = Options(steps=4, batch=8, lr=1e-3, alpha=1.0, bfloat16=half)
+        losses[half] = train(model, names_of(directory, hierarchy), hierarchy, hierarchy.edges, options)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[True] == pytest.approx(losses[False], rel=ROUNDED) and losses[True] != losses[False]
 
 
 def test_a_run_that_diverges_is_stopped(directory):

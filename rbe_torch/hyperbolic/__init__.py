@@ -6,8 +6,9 @@ from __future__ import annotations
 from .config import HbBertConfig
 from .layers import HypActivation, HypAttention, HypLayerNorm, HypLinear, attend
 from .lorentz import Lorentz
-from .model import HbBertForSequenceClassification, HbBertModel, HbBertOutput
+from .model import HbBertModel, HbBertOutput
 from .poincare import PoincareBall
+from .sequence_classification import HbBertForSequenceClassification
 
 __all__ = [
     "HbBertConfig", "HbBertForSequenceClassification", "HbBertModel", "HbBertOutput", "HypActivation", "HypAttention", "HypLayerNorm",

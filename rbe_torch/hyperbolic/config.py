@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, BertConfig
+try:
+    from huggingface_hub.dataclasses import strict
+    from transformers import AutoConfig, BertConfig
+except ImportError as error:
+    raise ImportError(f"rbe_torch.hyperbolic needs transformers 5 (pip install 'rbe_torch[hyperbolic]'): {error}") from error
 
 MODES = ("inner", "output")
 

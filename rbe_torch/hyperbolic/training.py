@@ -32,7 +32,7 @@ CURVATURE_RATE = 1e-2  # of log(c), a number of order 1; the weights' rates woul
 @dataclass(frozen=True)
 class Options:
     """steps of `batch` pairs. lr: of dense weights; RBE parameters take theirs from rbe_torch.param_groups(lr * rbe_rate). hard: share of
-    hard negatives."""
+    hard negatives. bfloat16: products of the encoder in that type (autocast); points, distances and weights stay float32."""
 
     steps: int = 300
     batch: int = 32
@@ -43,6 +43,7 @@ class Options:
     alpha: float = ALPHA
     beta: float = BETA
     seed: int = 0
+    bfloat16: bool = False
 
 
 class Names:
@@ -157,7 +158,9 @@ def train(
         factor = min((step + 1) / max(1, options.steps // 10), (options.steps - step) / max(1, options.steps - options.steps // 10))
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        points = model(*names.batch(entities, device)).embedding[place.to(device)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):
+            points = model(*names.batch(entities, device)).embedding
+        points = points.float()[place.to(device)]
         loss = hierarchy_loss(model.manifold, points[:, 0], points[:, 1], points[:, 2:], options.alpha, options.beta)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
