@@ -58,7 +58,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="of a run; default 120, --full 2000")
     parser.add_argument("--batch", type=int, help="pairs a step; default 16, --full 256")
     parser.add_argument("--wrong", type=int, help="wrong parents a pair in training; default 4, --full 10")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of dense weights; default 1e-4 (3e-4 validates no better)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of dense weights; default 1e-4")
     parser.add_argument(
         "--code-lr", type=float, nargs="+", default=[5e-4],
         help="of steps in codes, where far less is trained; default 5e-4. Several: a row takes the one that validates best",
