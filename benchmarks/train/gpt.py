@@ -98,7 +98,7 @@ CONTESTANTS = [
     contestant("smaller dense int8", "dense", (4e-3, 2e-3, 8e-3), d=64, bits=8),
     contestant("low rank int4", "lowrank", (4e-3, 2e-3, 8e-3), bits=4, rank=22),
     contestant("low rank int8", "lowrank", (4e-3, 2e-3, 8e-3), bits=8, rank=11),
-    contestant("LittleBit", "littlebit", (4e-3, 2e-3, 8e-3), rank=80),
+    contestant("LittleBit", "littlebit", (4e-3, 1e-3, 2.5e-4), rank=80),
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g3", basis="seeded"),
