@@ -9,9 +9,10 @@ from . import _ops as _ops  # registers the operators
 from .compress import compress
 from .layout import Layout
 from .linear import RBELinear
+from .rates import param_groups
 from .replace import convert, decompress
 from .report import Report
-from .train import finish_training, param_groups, prepare_training
+from .train import finish_training, prepare_training
 
 if TYPE_CHECKING:
     from .checkpoint import load_pretrained, save_pretrained

@@ -1,4 +1,4 @@
-"""Training in the compressed domain: layers in and out of training form, and optimiser groups.
+"""Training in the compressed domain: layers in and out of training form. Optimiser groups: rbe_torch/rates.py.
 
 Training form (method "direct"): no dense weight exists. Trained are the codes' amplitudes (layouts that have them), the basis unless it is
 frozen, log(gain) and the bias; idx and the curve of each code stay. Method "latent" keeps a dense weight: rbe_torch/latent.py.
@@ -6,7 +6,6 @@ frozen, log(gain) and the bias; idx and the curve of each code stay. Method "lat
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,12 +15,6 @@ from .codes import amplitude_of
 from .encode import GAIN_MAX, fp16_gain, fp16_values
 from .linear import RBELinear
 from .watch import guard_rates
-
-# Learning rates relative to `lr`, a starting point. A character GPT (2 blocks, d = 128, tinyshakespeare, rbe22_g16, lr 1e-3, cosine, 800
-# steps, one seed) ended at a validation loss of 2.153, 2.124, 2.196 and 2.291 with amplitude rates of 40, 100, 200 and 400, and at 2.160
-# with 100 and basis 150.
-AMPLITUDE_RATE = 100.0
-BASIS_RATE = 50.0
 
 
 def start_training(layer: RBELinear, basis: str | None = None) -> None:
@@ -104,39 +97,6 @@ def finish_training(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             layer.basis.copy_(table)
     return model
-
-
-def param_groups(model: nn.Module, lr: float = 1e-3) -> list[dict[str, Any]]:
-    """Optimiser groups over the trainable parameters of `model`, each once: amplitudes, basis, gains and the rest.
-
-    torch.optim.AdamW(rbe_torch.param_groups(model), betas=(0.9, 0.98)).
-
-    Why the rates differ: Adam moves every parameter by about its rate a step, whatever its gradient, so a rate has to be read against the
-    size of what it moves. A dense weight is of size 1/sqrt(in_features), 0.03 in a layer of 1024; an amplitude spans -1 .. 1 and is rounded
-    to steps of 1/256 or more, and basis entries are of size 1, because the row's gain carries the magnitude. The same relative step is
-    therefore 30 to 100 times larger: at 10 to 30 times smaller rates the same model ended 0.1 to 0.16 nats worse. No weight decay on the
-    three: it would pull amplitudes to 0, where a code is lost, and on gain and basis it acts on the same product twice. log(gain) is
-    relative already and takes `lr`.
-
-    ValueError: lr is not positive and finite. A model trained with an optimiser whose groups ignore this warns once (rbe_torch/watch.py).
-    """
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr: is {lr}, must be positive and finite")
-    groups = {
-        "amplitude": {"params": [], "lr": lr * AMPLITUDE_RATE, "weight_decay": 0.0},
-        "basis": {"params": [], "lr": lr * BASIS_RATE, "weight_decay": 0.0},
-        "gain": {"params": [], "lr": lr, "weight_decay": 0.0},
-        "rest": {"params": [], "lr": lr},
-    }
-    names = {"amplitude": "amplitude", "basis": "basis", "log_gain": "gain", "gain": "gain"}
-    seen: set[int] = set()
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            groups[names.get(key, "rest") if isinstance(module, RBELinear) else "rest"]["params"].append(parameter)
-    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 
 
 def _layers(model: nn.Module) -> list[RBELinear]:

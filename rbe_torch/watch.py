@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Amplitudes at less than this many times the other rates learn too slowly: param_groups says why; the best seen were 5 to 100.
-SMALL_RATIO = 3.0
+# Layers whose amplitudes want at least so many times a dense weight's rate (rbe_torch/rates.py) are looked at.
+LARGE_MULTIPLE = 2.0
 _USUAL = 50  # losses that say what is usual
 _FIRST = 20  # before that many, none is
 
@@ -138,25 +138,26 @@ def _look(optimiser: torch.optim.Optimizer, *_: Any) -> None:
 def rates_problem(optimiser: torch.optim.Optimizer) -> str:
     """What is wrong with the groups of an Adam-like optimiser, in a sentence; empty if nothing is. Others (SGD) have no rate that is right
     everywhere."""
+    from .rates import amplitude_multiple
+
     if "betas" not in optimiser.param_groups[0]:
         return ""
-    ours, tables = set(), set()
+    ours, tables = {}, set()
     for layer in list(_amplitudes):
-        ours.add(id(layer._parameters.get("amplitude")))
+        ours[id(layer._parameters.get("amplitude"))] = layer
         tables.add(id(layer._parameters.get("basis")))
     amplitude, others, decayed = [], [], False
     for group in optimiser.param_groups:
-        mine = sum(id(parameter) in ours for parameter in group["params"])
+        mine = [ours[id(parameter)] for parameter in group["params"] if id(parameter) in ours]
         base = float(group.get("initial_lr", group["lr"]))  # warm-up starts near 0
-        if mine:
-            amplitude.append(base)
-            decayed |= bool(group.get("weight_decay"))
-        if mine + sum(id(parameter) in tables for parameter in group["params"]) < len(group["params"]):
+        decayed |= bool(mine and group.get("weight_decay"))
+        amplitude += [base for layer in mine if amplitude_multiple(layer.layout, layer.in_features) >= LARGE_MULTIPLE]
+        if len(mine) + sum(id(parameter) in tables for parameter in group["params"]) < len(group["params"]):
             others.append(base)
     advice = "use torch.optim.AdamW(rbe_torch.param_groups(model, lr=...)), whose docstring says why"
-    if amplitude and others and min(amplitude) < SMALL_RATIO * min(others):
+    if amplitude and others and min(amplitude) <= min(others):
         return (f"learning rates: the amplitudes of RBELinear layers have {min(amplitude):.3g}, the other parameters {min(others):.3g}; "
-                f"amplitudes span -1 .. 1 and learn too slowly below {SMALL_RATIO:g} times the rate of dense weights; {advice}")
+                f"amplitudes span -1 .. 1 and learn too slowly at the rate of dense weights; {advice}")
     if decayed:
         return f"weight_decay: acts on the amplitudes of RBELinear layers, pulls them to 0 and loses their codes; {advice}"
     return ""

@@ -99,6 +99,7 @@ def test_weight_decay_on_amplitudes_warns() -> None:
 
 @pytest.mark.parametrize("make", [
     lambda model: torch.optim.AdamW(rbe_torch.param_groups(model)),
+    lambda model: torch.optim.AdamW(rbe_torch.param_groups(model, rest=2e-3)),
     lambda model: torch.optim.SGD(model.parameters(), lr=1e-3),  # SGD's rates follow the gradients' size: no ratio is right
     lambda model: torch.optim.AdamW([model[0].amplitude, model[2].amplitude, model[0].basis], weight_decay=0.0),
 ])  # fmt: skip

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..linear import RBELinear
-from ..train import param_groups
+from ..rates import param_groups
 from .hierarchy import Hierarchy
 from .scoring import ALPHA, BETA, hierarchy_loss
 from .tasks import Pairs, negatives
 
+AMPLITUDE_RATE = 100.0  # times lr * rbe_rate, the same in every layer: what docs/hb-bert.md was measured with
 CURVATURE_RATE = 1e-2  # of log(c), a number of order 1; the weights' rates would not move it
 
 
 @dataclass(frozen=True)
 class Options:
-    """steps of `batch` pairs. lr: of dense weights; RBE parameters take theirs from rbe_torch.param_groups(lr * rbe_rate). hard: share of
+    """steps of `batch` pairs. lr: of dense weights; amplitudes take 100 lr rbe_rate, a trained basis 50 lr rbe_rate. hard: share of
     hard negatives. bfloat16: products of the encoder in that type (autocast); points, distances and weights stay float32."""
 
     steps: int = 300
@@ -94,13 +94,15 @@ def encode_all(model: nn.Module, names: Names, batch: int = 256) -> Tensor:
 
 def optimiser_of(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """AdamW without decay: dense weights at lr, the format's parameters at their own rates, log(c) at CURVATURE_RATE."""
-    coded = any(isinstance(module, RBELinear) and module.training_form for module in model.modules())
     curvature = [p for name, p in model.named_parameters() if name.endswith("log_c") and p.requires_grad]
     own = {id(p) for p in curvature}
     groups = param_groups(model, options.lr)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in own]
-        group["lr"] *= options.rbe_rate if coded and group["name"] in ("amplitude", "basis") else 1.0
+        if group["name"] == "amplitude":
+            group["lr"] = options.lr * AMPLITUDE_RATE * options.rbe_rate
+        elif group["name"] == "basis":
+            group["lr"] *= options.rbe_rate
     if curvature:
         groups.append({"name": "curvature", "params": curvature, "lr": CURVATURE_RATE})
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), weight_decay=0.0)
