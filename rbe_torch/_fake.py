@@ -17,7 +17,10 @@ def _same_device(**tensors: torch.Tensor | None) -> None:
 
 
 def linear(x, codes, basis, gain, bias=None, amplitude=None, residual=None, residual_scale=None, residual_right=None,
-           residual_right_scale=None, **_):  # fmt: skip
+           residual_right_scale=None, *, layout, in_features, k0=0, **_):  # fmt: skip
+    columns = _columns(_groups(codes, layout, in_features, k0), layout=layout, in_features=in_features, k0=k0)
+    if x.shape[-1] != columns:
+        raise RuntimeError(f"x: has {x.shape[-1]} columns; must have {columns}")
     _same_device(x=x, codes=codes, basis=basis, gain=gain, bias=bias, amplitude=amplitude, residual=residual)
     return x.new_empty(*x.shape[:-1], gain.shape[0])
 

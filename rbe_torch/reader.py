@@ -23,6 +23,7 @@ from .state import RESIDUALS
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _MAX_JSON_BYTES = 64 * 2**20
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -144,6 +145,10 @@ class Checkpoint:
                 expected[prefix + key] = (shape, (dtype,))
             if entry.bias and prefix + "bias" not in self.shapes and prefix + "bias" not in manifest.aliases:
                 raise ValueError(f"tensor {prefix + 'bias'!r} is missing")
+            if entry.bias:
+                kind = self.shapes[manifest.aliases.get(prefix + "bias", prefix + "bias")][1]
+                if kind not in _FLOATS:
+                    raise ValueError(f"tensor {prefix + 'bias'!r} is {kind}, must be floating-point")
             strays = [key for key in ("weight", *RESIDUALS) if prefix + key in self.shapes and prefix + key not in expected]
             if strays or (not entry.bias and prefix + "bias" in self.shapes):
                 raise ValueError(f"tensor {prefix + (strays or ['bias'])[0]!r} does not belong to layer {name!r} of {layout}")

@@ -56,6 +56,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     for name, tensor in expected.items():
         if tuple(others[name].shape) != tuple(tensor.shape):
             raise ValueError(f"tensor {name!r}: has shape {tuple(others[name].shape)}, must be {tuple(tensor.shape)} in the model")
+        if others[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise ValueError(f"tensor {name!r}: is {others[name].dtype}, must be {tensor.dtype} as in the model, or of its kind")
     tied = _places(model)
     for places in tied:
         if len({checkpoint.manifest.aliases.get(name, name) for _, _, name in places if name in expected}) > 1:

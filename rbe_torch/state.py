@@ -76,6 +76,12 @@ def _encode_entry(layer: RBELinear, own: dict[str, Any], prefix: str) -> None:
 def _match_form(layer: RBELinear, own: dict[str, Any], prefix: str) -> None:
     """Checks shapes against the layout; turns the entries of a finished layer into those of a layer in training form."""
     packed, basis = own.get(prefix + "packed"), own.get(prefix + "basis")
+    for name, tensor in ((key.removeprefix(prefix), value) for key, value in own.items()):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: is a {type(tensor).__name__} in the state_dict, must be a torch.Tensor")
+        held = getattr(layer, name, None) if "." not in name else None
+        if isinstance(held, torch.Tensor) and held.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: is {tensor.dtype} in the state_dict, must be {held.dtype}")
     shape = (layer.out_features, layer.layout.packed_row_bytes(layer.in_features))
     for name, tensor, wanted in (("packed", packed, shape), ("basis", basis, layer.layout.basis_shape)):
         if tensor is not None and tuple(tensor.shape) != wanted:

@@ -71,7 +71,7 @@ def python(*arguments: object, **keywords) -> subprocess.CompletedProcess:
     [], ["train-hbbert"], ["train-hbbert", "--data", "a"], ["train-hbbert", "--data", "a", "--out", "b", "--curvature", "-1"],
     ["compress"], ["compress", "a"], ["compress", "a", "b", "--layout", "rbe9"],
     ["compress", "a", "b", "--seed", "-1"], ["compress", "a", "b", "--include", "("], ["inspect"], ["bench", "--tokens", "0"], ["bench", "--shape", "3"],
-    ["export", "a", "--to", "onnx"], ["export", "a", "--to", "pt2"], ["export", "a"], ["plan", "a", "--no-such-option"],
+    ["export", "a", "--to", "onnx"], ["bench", "--threads", "99999"], ["export", "a"], ["plan", "a", "--no-such-option"],
 ])
 def test_wrong_usage_is_status_2_and_one_line(arguments, capsys):
     status, out, err = run(capsys, *arguments)
@@ -201,6 +201,19 @@ def test_export_gives_a_plain_model_with_the_same_weights(compressed, tmp_path, 
     assert torch.equal(plain.pooler.dense.weight, loaded.pooler.dense.weight)
     assert not hasattr(plain.config, "quantization_config")
     assert (tmp_path / "plain" / "vocab.txt").exists()
+
+
+def test_an_exported_program_computes_what_the_model_does(compressed, tmp_path, capsys):
+    file = tmp_path / "small.pt2"
+    assert run(capsys, "export", compressed, "--to", "pt2", "--out", file)[0] == 0
+    program = torch.export.load(file).module()
+    ids = torch.arange(35).view(5, 7)
+    with torch.no_grad():
+        ours = program(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        wanted = rbe_torch.load_pretrained(compressed).eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(ours, wanted)
+    assert "--force" in run(capsys, "export", compressed, "--to", "pt2", "--out", file)[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["small.pt2"]
 
 
 # ---- eval, bench, plan -------------------------------------------------------------------------------------------------------------

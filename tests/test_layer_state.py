@@ -189,3 +189,47 @@ def test_a_dense_state_dict_is_encoded_and_says_so_once() -> None:
     assert "0.bias" in str(caught.value) and "packed" not in str(caught.value)
     with pytest.raises(RuntimeError, match="weight: has shape"), pytest.warns(UserWarning):
         layers.load_state_dict({**dense.state_dict(), "0.weight": torch.zeros(3, 3)})
+
+
+# ---- drawing anew ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe8_g8+int8", "rbe8_g8+fp8", "rbe8_g8+lr2", "rbe8_g8+sp0.2", "rbe9r_g7", "rbe4r_g3"])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_layer_made_on_meta_is_whole_after_reset_parameters(layout: str, train: bool) -> None:
+    lin = RBELinear(64, 64, layout=layout, device="meta", seed=3)
+    if train:
+        rbe_torch.prepare_training(lin)
+    lin.to_empty(device="cpu")
+    for tensor in (*lin.parameters(), *lin.buffers()):
+        tensor.data.view(-1).view(torch.uint8).fill_(0x7F) if tensor.dtype != torch.int64 else tensor.data.fill_(9)
+    lin.reset_parameters()
+    assert lin.problem() == "" and torch.isfinite(lin(torch.randn(2, 64))).all()
+    assert 0.8 < float(lin.weight.square().mean() * 3 * 64) < 1.25
+
+
+def test_a_used_residual_does_not_stay_in_weights_that_are_drawn_anew() -> None:
+    dense = nn.Linear(64, 64)
+    dense.weight.data.mul_(100)
+    lin = RBELinear.from_linear(dense, "rbe8_g8+int8")
+    lin.reset_parameters()
+    assert float(lin.weight.std()) < 0.1
+
+
+def test_a_parametrised_bias_is_used() -> None:
+    class Double(nn.Module):
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            return 2 * bias
+
+    lin, x = made(), torch.randn(2, 37)
+    before, bias = lin(x), lin.bias.detach().clone()
+    torch.nn.utils.parametrize.register_parametrization(lin, "bias", Double())
+    torch.testing.assert_close(lin(x), before + bias)
+
+
+@pytest.mark.parametrize(("key", "change", "text"), [
+    ("packed", lambda t: t.float(), "packed: is torch.float32"), ("basis", lambda t: t.int(), "basis: is torch.int32"), ("bias", lambda t: "x", "bias: is a str"),
+])  # fmt: skip
+def test_entries_of_another_kind_are_refused(key: str, change, text: str) -> None:
+    state = made().state_dict()
+    state[key] = change(state[key])
+    with pytest.raises(RuntimeError, match=text):
+        made().load_state_dict(state)
