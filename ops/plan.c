@@ -8,7 +8,7 @@
 enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32, TOKENS_ONE_DIGIT = 32, COLUMNS_DIGITS = 2048 };
 
 static const double SUM_LANE = 4.5;       // one lane of a table row: its line comes from L2
-static const double HALF_LANE = 1.5;      // the same in float16
+static const double HALF_LANE = 1.8;      // the same in float16
 static const double HALF_TABLE_LANE = 0.3;  // one weight of the basis and one token on the matrix unit, rounded to float16
 static const double UNPACK_CODE = 58.0;   // word -> idx and scale, curves at random
 static const double GATHER_CODE = 40.0;   // one code of one token, looked up by a gather
