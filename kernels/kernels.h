@@ -21,7 +21,15 @@ enum {
     RBE_PLACES_AHEAD = 8,
     RBE_LANES = 64,  // rows of interleaved codes that stand side by side
     RBE_DIGIT_STAGES = 16,
+    RBE_HALF_CODES = 16,  // codes whose sum is a short one in float16
+    RBE_HALF_SUM = 256,   // codes that are summed in float16 at all
+    RBE_HALF_BOUND = 5,   // |P| <= 2^5 in float16: 256 codes of at most exp(2) = 7.4 times that stay below 65504
 };
+
+// What turns a sum of the half-precision path into y: sum * unscale[t] * gain[i] + bias[i]; bias may be NULL.
+typedef struct rbe_half_finish {
+    const float *unscale, *gain, *bias;
+} rbe_half_finish;
 
 // The stored codes of one row of a weight.
 typedef struct rbe_code_row {
@@ -67,6 +75,9 @@ typedef struct rbe_kernels {
 
     // out[c*out_row + r] = in[r*in_row + c], and zero for rows <= r < out_width.
     void (*transpose)(const float *in, int64_t in_row, int64_t rows, int64_t cols, float *out, int64_t out_row, int64_t out_width);
+
+    // The same for a result that no cache will hold: past the caches where its lines allow.
+    void (*transpose_stream)(const float *in, int64_t in_row, int64_t rows, int64_t cols, float *out, int64_t out_row, int64_t out_width);
 
     // C[r, c] (+)= sum over e of A[r*a_row + e*a_col] B[e*b_row + c],  r < rows, e < depth, c < cols.
     void (*gemm)(int64_t rows, int64_t depth, int64_t cols, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
@@ -159,6 +170,20 @@ typedef struct rbe_kernels {
                           const int8_t *x, const float *unit, float *y);
     // out[t][i] = y[t][where row i stands] * gain[i] + bias[i] for 64 rows
     void (*digits_order)(int64_t tokens, const float *y, const float *gain, const float *bias, float *out);
+
+    // Half precision, all NULL where there is no float16 arithmetic; avx512/half_rows__avx512fp16.c and half_table__avx512amx.c have the formulas.
+    // W is 32 or 64. The largest |x|; not finite where an x is not.
+    float (*largest)(int64_t count, const float *x);
+    // As table_rows without gain and bias, with scale, P and y in float16.
+    void (*half_rows)(int64_t rows, int64_t count, const uint8_t *idx, const uint16_t *scale, int64_t code_row, const uint16_t *p, int64_t w,
+                      uint16_t *y, bool first);
+    // out[i, t] = (out[i, t] if not first) + sums[i, t], made y where finish is given
+    void (*half_widen)(int64_t rows, int64_t w, const uint16_t *sums, const rbe_half_finish *finish, float *out, bool first);
+    // P in float16 on the matrix unit, NULL where there is none: operands of rbe_half_size values from basis [256][g] and from x [tokens <= W][g], whose
+    // rows are multiplied by scale. Between split_begin and split_end.
+    void (*half_basis)(int64_t g, const float *basis, uint16_t *out);
+    void (*half_tokens)(int64_t tokens, int64_t g, int64_t w, const float *x, int64_t x_row, const float *scale, int pieces, uint16_t *out);
+    void (*half_table)(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, uint16_t *p);
 } rbe_kernels;
 
 // Steps of 64 columns, four groups side by side, that hold `cols` columns.
@@ -167,6 +192,7 @@ static inline int64_t rbe_digit_steps(int64_t g, int64_t cols) { return (((cols 
 // Groups, whole quads of them, that fill whole steps: a multiple of this.
 static inline int64_t rbe_digit_whole(int64_t g) { return (g & -g) < 16 ? 64 / (g & -g) : 4; }
 
+static inline int64_t rbe_half_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1024; }
 static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }
 
 // Every function of every ISA that was built, by name; ops/dispatch.c makes the tables.
@@ -178,6 +204,7 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     void rbe_f32_to_bf16__##isa(const float *, int64_t, uint16_t *);                                                                         \
     void rbe_f32_to_f16__##isa(const float *, int64_t, uint16_t *);                                                                          \
     void rbe_transpose__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                          \
+    void rbe_transpose_stream__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                   \
     void rbe_gemm__##isa(int64_t, int64_t, int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, bool);        \
     void rbe_table_rows__##isa(int64_t, int64_t, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, bool,             \
                                const float *, const float *);                                                                                \
@@ -222,6 +249,13 @@ void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, 
                                const uint8_t *table, const float *factor, float *y, int64_t y_token);
 void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
                                       const float *factor, float *y, int64_t y_token);
+float rbe_largest__avx512fp16(int64_t count, const float *x);
+void rbe_half_rows__avx512fp16(int64_t rows, int64_t count, const uint8_t *idx, const uint16_t *scale, int64_t code_row, const uint16_t *p, int64_t w,
+                               uint16_t *y, bool first);
+void rbe_half_widen__avx512fp16(int64_t rows, int64_t w, const uint16_t *sums, const rbe_half_finish *finish, float *out, bool first);
+void rbe_half_basis__avx512amx(int64_t g, const float *basis, uint16_t *out);
+void rbe_half_tokens__avx512amx(int64_t tokens, int64_t g, int64_t w, const float *x, int64_t x_row, const float *scale, int pieces, uint16_t *out);
+void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, uint16_t *p);
 
 #ifdef __cplusplus
 }

@@ -218,7 +218,7 @@ rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.backward = backward, .parts = rbe_min(PARTS, w->groups), .width = 4 * job->kernels->width};
     if (w->rows > DY_BYTES / 4 / s.width) s.width /= 2;
-    const rbe_status status = rbe_unpack_codes(job->kernels, w, SORTED, job->threads, &s.codes, err);
+    const rbe_status status = rbe_unpack_codes(job->kernels, w, SORTED, false, job->threads, &s.codes, err);
     s.start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *s.start);
     s.row = rbe_scratch_take(places + RBE_PLACES_AHEAD, sizeof *s.row);
     s.factor = rbe_scratch_take(places, sizeof *s.factor);

@@ -8,6 +8,12 @@ static bool has_f16c(void) {  // clang's __builtin_cpu_supports does not know it
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+static bool has_float16(void) {
+    enum { FLOAT16 = 1 << 23 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & FLOAT16);
+}
 #endif
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -27,13 +33,14 @@ static bool amx_granted(void) { return false; }
 #endif
 
 rbe_cpu rbe_cpu_detect(void) {
-    rbe_cpu cpu = {false, false, false, false};
+    rbe_cpu cpu = {false, false, false, false, false};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     cpu.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
     cpu.avx512 = cpu.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     cpu.avx512vbmi = cpu.avx512 && __builtin_cpu_supports("avx512vbmi");
+    cpu.avx512fp16 = cpu.avx512vbmi && has_float16();
     cpu.avx512amx = cpu.avx512vbmi && amx_granted();
 #endif
     return cpu;

@@ -15,6 +15,7 @@ static rbe_status run_floats(rbe_job *job, rbe_path path, rbe_error *err) {
     if (status == RBE_OK) {
         switch (path) {
             case RBE_PATH_TABLE: status = rbe_linear_table(job, err); break;
+            case RBE_PATH_TABLE_HALF: status = rbe_linear_half(job, err); break;
             case RBE_PATH_TABLE_TOKEN: status = rbe_linear_token(job, err); break;
             case RBE_PATH_DECODE_DOT: status = rbe_linear_decode(job, true, err); break;
             default: status = rbe_linear_decode(job, false, err);

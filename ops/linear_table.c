@@ -121,7 +121,7 @@ rbe_status rbe_linear_table(rbe_job *job, rbe_error *err) {
     const int64_t wide = 2 * job->kernels->width, count = (job->x->rows + wide - 1) / wide;
     const int64_t group_bytes = w->layout.stages * RBE_BASIS_VECTORS * wide * (int64_t)sizeof(float);
     s.block = rbe_min(w->groups, rbe_max(1, TABLE_BYTES / group_bytes));
-    rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * w->layout.stages, job->threads, &s.codes, err);
+    rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * w->layout.stages, false, job->threads, &s.codes, err);
     if (status == RBE_OK && rbe_wants_split(job->kernels, w->layout.group, 32)) {
         s.basis = rbe_split_basis(job->kernels, w);
         s.pieces = rbe_pieces(job->x->dtype, job->fast);

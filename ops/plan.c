@@ -8,6 +8,8 @@
 enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32, TOKENS_ONE_DIGIT = 32, COLUMNS_DIGITS = 2048 };
 
 static const double SUM_LANE = 4.5;       // one lane of a table row: its line comes from L2
+static const double HALF_LANE = 1.8;      // the same in float16
+static const double HALF_TABLE_LANE = 0.3;  // one weight of the basis and one token on the matrix unit, rounded to float16
 static const double UNPACK_CODE = 58.0;   // word -> idx and scale, curves at random
 static const double GATHER_CODE = 40.0;   // one code of one token, looked up by a gather
 static const double DOT_WEIGHT = 4.0;     // one weight of one token in a dot product
@@ -106,6 +108,7 @@ static bool has_path(const rbe_kernels *kernels, const rbe_layout *l, rbe_path p
         case RBE_PATH_PLANNED: return false;
         case RBE_PATH_TABLE:
         case RBE_PATH_TABLE_TOKEN: return has_table(l);
+        case RBE_PATH_TABLE_HALF: return fast && has_table(l) && kernels->half_rows;
         case RBE_PATH_LUT8: return bytes && kernels->lut8_rows;
         case RBE_PATH_FEW: return bytes && kernels->few_rows;
         case RBE_PATH_DIGITS: return form != RBE_FORM_WORDS && has_digits(kernels, l, fast);
@@ -128,10 +131,15 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
     if (l->field == RBE_FIELD_RBE16S && bytes) return plan_bytes(kernels, l, rows, cols, table, tokens, fast, form, cost, path);
     if (!has_table(l)) return path;
     const double tiles = table * lanes * dense_lane(kernels, fast) + codes * (unpack_code(l) + SUM_LANE * lanes) + turn;
+    const double half_lanes = (double)((tokens + 31) / 32 * 32);
+    const double halves = fast && kernels->half_rows
+                              ? table * half_lanes * (kernels->half_table ? HALF_TABLE_LANE : 1.2) + codes * (unpack_code(l) + HALF_LANE * half_lanes) + turn
+                              : tiles;
     const double token = tokens <= TOKENS_ONE_BY_ONE ? table * 2.0 * t + codes * (unpack_code(l) + GATHER_CODE * t) + turn : tiles;
-    if ((token < tiles ? token : tiles) <= cost) {
-        cost = token < tiles ? token : tiles;
-        path = token < tiles ? RBE_PATH_TABLE_TOKEN : RBE_PATH_TABLE;
+    const double table_cost = halves < tiles ? halves : tiles;
+    if ((token < table_cost ? token : table_cost) <= cost) {
+        cost = token < table_cost ? token : table_cost;
+        path = token < table_cost ? RBE_PATH_TABLE_TOKEN : halves < tiles ? RBE_PATH_TABLE_HALF : RBE_PATH_TABLE;
     }
     if (!bytes || l->field != RBE_FIELD_RBE8) return path;
     return plan_bytes(kernels, l, rows, cols, table, tokens, fast, form, cost, path);
@@ -152,6 +160,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
                         char *text, size_t size) {
     static const char *const what[] = {
         [RBE_PATH_TABLE] = "table: x times the basis, then a sum over codes, tiles of tokens",
+        [RBE_PATH_TABLE_HALF] = "table in float16: x times the basis, then a sum over codes, tiles of tokens",
         [RBE_PATH_TABLE_TOKEN] = "table: x times the basis, gathered by code, token by token",
         [RBE_PATH_LUT8] = "table of bytes: 8-bit lookups",
         [RBE_PATH_FEW] = "table of few tokens, additions from memory",

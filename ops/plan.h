@@ -12,6 +12,7 @@ extern "C" {
 typedef enum rbe_path {
     RBE_PATH_PLANNED,      // as the cost model says
     RBE_PATH_TABLE,        // P for a tile of tokens, then a sum over codes
+    RBE_PATH_TABLE_HALF,   // the same in float16
     RBE_PATH_TABLE_TOKEN,  // a few tokens: P token by token, gathered
     RBE_PATH_LUT8,         // P in bytes
     RBE_PATH_FEW,          // P for 4 or 8 tokens in L1

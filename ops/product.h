@@ -53,9 +53,10 @@ void rbe_interleave_tile(const rbe_kernels *kernels, const uint8_t *packed, int6
 typedef struct rbe_codes {
     const uint8_t *idx;
     const float *scale;
+    const uint16_t *half;  // the scale in float16 instead, where asked for
     int64_t row, step;
 } rbe_codes;
-rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int64_t block, const rbe_parallel *threads, rbe_codes *out,
+rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int64_t block, bool half, const rbe_parallel *threads, rbe_codes *out,
                             rbe_error *err);
 
 // Buffers to decode one row, or a stretch of its groups, of W.
@@ -79,6 +80,15 @@ static inline int rbe_pieces(rbe_dtype dtype, bool fast) { return dtype == RBE_B
 // The basis as split rows, [M][rbe_split_size(256, g)] in scratch, or turned: [M][rbe_split_size(g, 256)]; NULL when out of memory.
 const uint16_t *rbe_split_basis(const rbe_kernels *kernels, const rbe_weight *w);
 const uint16_t *rbe_split_basis_turned(const rbe_kernels *kernels, const rbe_weight *w);
+
+// ---- half precision (half.c) -------------------------------------------------------------------------------------------------
+// 2^this bounds the sum of |basis[s, j]| over a vector; 0 for a basis that is not finite.
+int rbe_basis_exponent(const rbe_weight *w);
+// bfloat16 pieces of an activation there: two hold a float16, one is all that a bfloat16 has and all that a float32 gets.
+static inline int rbe_half_pieces(rbe_dtype dtype) { return dtype == RBE_F16 ? 2 : 1; }
+// The power of two by which `most` times 2^exponent stays below 2^bound, and its inverse; 1 where most is 0 or not finite.
+void rbe_half_scale(float most, int exponent, int bound, float *scale, float *unscale);
+const uint16_t *rbe_half_basis(const rbe_kernels *kernels, const rbe_weight *w);  // [M][rbe_half_size(256, g)] in scratch; NULL when out of memory
 
 // ---- activations <-> float32 (tiles.c) --------------------------------------------------------------------------------------
 // out[t*out_row + j] = a[t0+t, j0+j]
@@ -107,6 +117,7 @@ typedef struct rbe_job {
 } rbe_job;
 
 rbe_status rbe_linear_table(rbe_job *job, rbe_error *err);
+rbe_status rbe_linear_half(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_token(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_floats(rbe_job *job, rbe_error *err);  // the path without integers that the plan says
 rbe_status rbe_linear_lut8(rbe_job *job, rbe_error *err);

@@ -88,7 +88,7 @@ typedef struct rbe_parallel {
 // Results do not depend on the number of threads. NULL: the calling thread alone.
 
 // ---- products ---------------------------------------------------------------------------------------------------------------
-// exact: float32 products and sums, the error of a dense float32 product. fast: 8-bit lookup tables where they are quicker (docs/operators.md
+// exact: float32 products and sums, the error of a dense float32 product. fast: tables in float16 or 8 bits where they are quicker (docs/operators.md
 // states the error). auto: exact for float32 x, fast for bfloat16 and float16.
 typedef enum rbe_accuracy { RBE_ACCURACY_AUTO, RBE_ACCURACY_EXACT, RBE_ACCURACY_FAST } rbe_accuracy;
 

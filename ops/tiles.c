@@ -3,7 +3,10 @@
 
 #include "product.h"
 
-enum { CHUNK = 256 };  // columns that pass through a buffer at a time
+enum {
+    CHUNK = 256,       // columns that pass through a buffer at a time
+    STREAMED = 1 << 20  // floats of a result that leaves L2 before anybody reads it
+};
 
 static int64_t size_of(rbe_dtype dtype) { return dtype == RBE_F32 ? 4 : 2; }
 static const char *at(const rbe_matrix *a, int64_t t, int64_t j) {
@@ -81,7 +84,8 @@ void rbe_load_tile(const rbe_kernels *kernels, const rbe_matrix *a, int64_t t0, 
 void rbe_store_tile(const rbe_kernels *kernels, const rbe_matrix *a, int64_t t0, int64_t tokens, int64_t j0, int64_t cols, const float *in,
                     int64_t width) {
     if (rbe_is_rows(a)) {
-        kernels->transpose(in, width, cols, tokens, (float *)(void *)at(a, t0, j0), a->row_stride, cols);
+        const bool large = a->rows * a->cols >= STREAMED;
+        (large ? kernels->transpose_stream : kernels->transpose)(in, width, cols, tokens, (float *)(void *)at(a, t0, j0), a->row_stride, cols);
         return;
     }
     float buffer[RBE_TILE_MAX * CHUNK];

@@ -19,12 +19,15 @@ rbe_code_row rbe_code_row_at(const rbe_weight *w, int64_t row) {
 }
 
 
+enum { STRETCH = 64 };  // scales on their way to float16
+
 typedef struct unpacking {
     const rbe_kernels *kernels;
     const rbe_weight *w;
     int64_t block;
     uint8_t *idx;
     float *scale;
+    uint16_t *half;
 } unpacking;
 
 static void unpack_rows(int64_t begin, int64_t end, void *context) {
@@ -32,23 +35,36 @@ static void unpack_rows(int64_t begin, int64_t end, void *context) {
     const int64_t count = rbe_codes_a_row(u->w), step = u->w->rows * u->block;
     for (int64_t i = begin; i < end; ++i) {
         const rbe_code_row row = rbe_code_row_at(u->w, i);
-        for (int64_t q = 0, at = i * u->block; q < count; q += u->block, at += step)
-            u->kernels->unpack(&row, q, rbe_min(u->block, count - q), u->idx + at, u->scale ? u->scale + at : NULL, NULL);
+        for (int64_t q = 0, at = i * u->block; q < count; q += u->block, at += step) {
+            const int64_t some = rbe_min(u->block, count - q);
+            if (!u->half) {
+                u->kernels->unpack(&row, q, some, u->idx + at, u->scale ? u->scale + at : NULL, NULL);
+                continue;
+            }
+            float scale[STRETCH];
+            for (int64_t o = 0; o < some; o += STRETCH) {
+                const int64_t here = rbe_min(STRETCH, some - o);
+                u->kernels->unpack(&row, q + o, here, u->idx + at + o, scale, NULL);
+                u->kernels->f32_to_f16(scale, here, u->half + at + o);
+            }
+        }
     }
 }
 
-rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int64_t block, const rbe_parallel *threads, rbe_codes *out,
+rbe_status rbe_unpack_codes(const rbe_kernels *kernels, const rbe_weight *w, int64_t block, bool half, const rbe_parallel *threads, rbe_codes *out,
                             rbe_error *err) {
     if (w->packed && w->layout.field == RBE_FIELD_RBE8) {  // a packed row is its idx
-        *out = (rbe_codes){w->packed, NULL, w->packed_stride, block};
+        *out = (rbe_codes){w->packed, NULL, NULL, w->packed_stride, block};
         return RBE_OK;
     }
     const int64_t size = (rbe_codes_a_row(w) + block - 1) / block * block * w->rows;
-    unpacking u = {kernels, w, block, rbe_scratch_take(size, 1), NULL};
-    if (rbe_field_has_scale(w->layout.field)) u.scale = rbe_scratch_take(size, sizeof(float));
-    if (!u.idx || (rbe_field_has_scale(w->layout.field) && !u.scale)) return rbe_out_of_memory(err);
+    unpacking u = {kernels, w, block, rbe_scratch_take(size, 1), NULL, NULL};
+    const bool scaled = rbe_field_has_scale(w->layout.field);
+    if (scaled && half) u.half = rbe_scratch_take(size, sizeof *u.half);
+    if (scaled && !half) u.scale = rbe_scratch_take(size, sizeof *u.scale);
+    if (!u.idx || (scaled && !u.scale && !u.half)) return rbe_out_of_memory(err);
     rbe_run(threads, w->rows, 64, unpack_rows, &u);
-    *out = (rbe_codes){u.idx, u.scale, block, w->rows * block};
+    *out = (rbe_codes){u.idx, u.scale, u.half, block, w->rows * block};
     return RBE_OK;
 }
 

@@ -18,6 +18,10 @@ V_INLINE vf v_load(const float *p) { return _mm256_loadu_ps(p); }
 V_INLINE vf v_load_n(const float *p, int64_t n) { return _mm256_maskload_ps(p, v_mask(n)); }
 V_INLINE void v_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
 V_INLINE void v_store_n(float *p, vf x, int64_t n) { _mm256_maskstore_ps(p, v_mask(n), x); }
+// no gain here: a vector is not a line
+#define V_STREAM 64
+V_INLINE void v_stream(float *p, vf x) { v_store(p, x); }
+V_INLINE void v_stream_end(void) {}
 V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 V_INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }

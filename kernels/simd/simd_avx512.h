@@ -16,6 +16,10 @@ V_INLINE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 V_INLINE vf v_load_n(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(v_mask(n), p); }
 V_INLINE void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
 V_INLINE void v_store_n(float *p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, v_mask(n), x); }
+// whole lines past the caches, aligned to V_STREAM bytes
+#define V_STREAM 64
+V_INLINE void v_stream(float *p, vf x) { _mm512_stream_ps(p, x); }
+V_INLINE void v_stream_end(void) { _mm_sfence(); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 V_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }

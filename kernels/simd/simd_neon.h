@@ -23,6 +23,10 @@ V_INLINE void v_store_n(float *p, vf x, int64_t n) {
     vst1q_f32(lane, x);
     for (int64_t i = 0; i < (n < 4 ? n : 4); ++i) p[i] = lane[i];
 }
+// no gain here: a vector is not a line
+#define V_STREAM 64
+V_INLINE void v_stream(float *p, vf x) { v_store(p, x); }
+V_INLINE void v_stream_end(void) {}
 V_INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 V_INLINE vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }

@@ -14,6 +14,10 @@ V_INLINE void v_store(float *p, vf x) { *p = x; }
 V_INLINE void v_store_n(float *p, vf x, int64_t n) {
     if (n > 0) *p = x;
 }
+// no gain here: a vector is not a line
+#define V_STREAM 64
+V_INLINE void v_stream(float *p, vf x) { v_store(p, x); }
+V_INLINE void v_stream_end(void) {}
 V_INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
 V_INLINE vf v_add(vf a, vf b) { return a + b; }
 V_INLINE vf v_sub(vf a, vf b) { return a - b; }

@@ -6,7 +6,7 @@ namespace {
 // Of floats alone: their results are those of float32 sums.
 const rbe_path kExactPaths[] = {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_FEW};
 const rbe_path kPaths[] = {RBE_PATH_PLANNED,    RBE_PATH_TABLE,  RBE_PATH_TABLE_TOKEN, RBE_PATH_LUT8,
-                           RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_DIGITS, RBE_PATH_FEW};
+                           RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_DIGITS, RBE_PATH_FEW, RBE_PATH_TABLE_HALF};
 
 TEST(Linear, EveryIsaPathAndLayoutAgreesWithTheReference) {
     std::mt19937 random(1);

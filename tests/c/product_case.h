@@ -22,6 +22,8 @@ constexpr double kFloat32Error = 2e-5;
 constexpr double kBfloat16Step = 0x1p-8, kFloat16Step = 0x1p-11;  // relative error of one rounding
 // W and x rounded to bfloat16: 1.6e-3 root mean square; five times that for the worst of some thousand, and rows differ in size.
 constexpr double kFastError = 2e-2;
+// Tables in float16 and, on a matrix unit, x in one bfloat16 piece: 7e-4 and 1.8e-3 root mean square; the worst of some thousand in the largest rows.
+constexpr double kHalfError = 3e-2, kHalfRms = 3.5e-3;
 // Gradients where x is of a half type: products of two bfloat16 pieces err by 2^-15 of an entry, and the largest entry is 30 times the rms here.
 constexpr double kHalfGradientError = 1e-3;
 // Bytes for P, or one digit of W: uniform rounding to 1/127 of the largest; six times the 1.3 to 1.7 % root mean square for the worst of some hundred.
@@ -35,7 +37,7 @@ inline const std::vector<std::string> kLayouts = {"rbe22_g64",   "rbe32_g16", "r
 
 inline std::vector<std::string> host_isas() {
     std::vector<std::string> names;
-    for (const char *name : {"scalar", "neon", "avx2", "avx512", "avx512vbmi", "avx512amx"})
+    for (const char *name : {"scalar", "neon", "avx2", "avx512", "avx512vbmi", "avx512fp16", "avx512amx"})
         if (rbe_kernels_of(name)) names.push_back(name);
     return names;
 }
