@@ -8,6 +8,7 @@ error as in GPTAQ (Li et al. 2025), alternation of codes and scales as in AQLM (
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _PROBED_ROWS = 48
 _GAIN_ROUNDS = 2
 _SWEEPS = 1
 _LAST_SWEEPS = 2
+_FAR_MORE = 3.0
+_LARGER_GAINS = (1.4, 2.0, 3.0)
 
 
 @dataclass
@@ -93,9 +96,8 @@ def solve(problem: Problem, layout: Layout, basis: Tensor, seed: int = 0) -> tup
         return made.gain, made.codes, made.residual
     gain, codes = _first_codes(problem, layout, table, seed)
     if not layout.has_amplitude:
-        for _ in range(_GAIN_ROUNDS):
-            gain = _refit_gain(problem, codes, table, gain, layout, seed)
-            codes = _sweep(problem, problem.target, codes, table, gain, layout, seed, _SWEEPS)
+        gain, codes = _alternate(problem, layout, table, gain, codes, seed)
+        _with_larger_gain(problem, layout, table, gain, codes, seed)
     codes = _sweep(problem, problem.target, codes, table, gain, layout, seed, _LAST_SWEEPS)
     if layout.residual is None:
         return gain, codes, {}
@@ -106,6 +108,41 @@ def solve(problem: Problem, layout: Layout, basis: Tensor, seed: int = 0) -> tup
         codes = _sweep(problem, problem.target - rest, codes, table, gain, layout, seed, _SWEEPS)
         residual = fit_residual(problem.target - _decode(codes, table, gain, layout, n, seed), layout, problem.hessian, problem.factor)
     return gain, codes, residual
+
+
+def _alternate(problem: Problem, layout: Layout, basis: Tensor, gain: Tensor, codes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    for _ in range(_GAIN_ROUNDS):
+        gain = _refit_gain(problem, codes, basis, gain, layout, seed)
+        codes = _sweep(problem, problem.target, codes, basis, gain, layout, seed, _SWEEPS)
+    return gain, codes
+
+
+def _with_larger_gain(problem: Problem, layout: Layout, basis: Tensor, gain: Tensor, codes: Tensor, seed: int) -> None:
+    """Encodes rows that lose far more than the others, in units of their gain, again with larger gains, which bring large weights into the
+    basis's reach; changes gain and codes, in place, where that loses less."""
+    lost = _row_losses(problem, codes, basis, gain, layout, seed)
+    relative = lost / gain.square()
+    rows = (relative > _FAR_MORE * relative.median()).nonzero()[:, 0]
+    if len(rows) == 0:
+        return
+    some = dataclasses.replace(problem, target=problem.target[rows].contiguous(), weight=problem.weight[rows])
+    start, least = gain[rows], lost[rows]
+    for factor in _LARGER_GAINS:
+        tried = fp16_gain(start * factor)
+        words = torch.ops.rbe.encode_calibrated(
+            some.target, basis, tried, some.hessian, some.factor, **_place(layout, some.target.shape[1], seed), sweeps=0
+        )
+        tried, words = _alternate(some, layout, basis, tried, words, seed)
+        now = _row_losses(some, words, basis, tried, layout, seed)
+        better = now < least
+        least[better] = now[better]
+        gain[rows[better]], codes[rows[better]] = tried[better], words[better]
+
+
+def _row_losses(problem: Problem, codes: Tensor, basis: Tensor, gain: Tensor, layout: Layout, seed: int) -> Tensor:
+    """(t - q) H (t - q)^T of each row [m]."""
+    rest = problem.target - _decode(codes, basis, gain, layout, problem.target.shape[1], seed)
+    return ((rest @ problem.hessian) * rest).sum(1)
 
 
 def _place(layout: Layout, n: int, seed: int) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .codebook import cannot_encode, fit_basis
 from .layout import Layout
+from .outliers import row_size
 
 GAIN_MIN, GAIN_MAX = 2.0**-24, 65504.0  # positive fp16
 _LARGEST_SCALE = 6.0  # codes reach exp(2) - 1 = 6.39; a little room is left
 _PROBED_ROWS = 64
 _MUCH_BETTER = 0.9  # of the squared error
-_LARGER_GAINS = (1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
+_LARGER_GAINS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0)  # times the root mean square
 _SOLVED = 1 << 22  # numbers of the blocks solved at once
 
 
@@ -94,7 +95,9 @@ def _fit_gain_to_largest(weight: Tensor, basis: Tensor, layout: Layout, options:
     gain of several times the root mean square lets the codes reach those."""
     plain = {**options, "layout": str(layout).partition("+")[0]}
     gain, codes = _fit_gain(weight, basis, layout, options)
-    start, largest = gain, (weight - torch.ops.rbe.decode(codes, basis, gain, **plain)).abs().amax(1)
+    spread = weight.square().mean(1).sqrt() / row_size(weight).clamp(min=1e-30)  # 1 in rows without outliers
+    start = start_gain(weight, basis, layout, options) * spread.clamp(min=1)
+    largest = (weight - torch.ops.rbe.decode(codes, basis, gain, **plain)).abs().amax(1)
     for factor in _LARGER_GAINS:
         tried = fp16_gain(start * factor)
         words = torch.ops.rbe.encode(weight, basis, tried, **options)
@@ -106,16 +109,18 @@ def _fit_gain_to_largest(weight: Tensor, basis: Tensor, layout: Layout, options:
 
 
 def start_gain(weight: Tensor, basis: Tensor, layout: Layout, options: dict) -> Tensor:
-    """The gain [m] at which the rows of `weight` [m, n] meet the basis: a row's root mean square, in units of the basis where it has one of its own."""
+    """The gain [m] at which the rows of `weight` [m, n] meet the basis: a row's root mean square in units of the basis
+    where codes have a scale, else its size without outliers."""
     m, n = weight.shape
-    size = weight.square().mean(1).sqrt()
     # a typical vector of the reconstruction at gain 1 has this root mean square
     unit = basis.square().mean((1, 2)).sum().sqrt().clamp(min=1e-20)
     if layout.has_amplitude:
+        size = weight.square().mean(1).sqrt()
         padded = torch.nn.functional.pad(weight, (0, layout.groups(n) * layout.group - n))
         largest = padded.view(m, -1, layout.group).square().mean(2).sqrt().amax(1)
         return _checked_gain(torch.maximum(size / unit, largest / (unit * _LARGEST_SCALE * layout.stages**0.5)), unit)
-    # fit_basis makes tables for rows of root mean square 1, whatever their unit; another table is met by its unit
+    size = row_size(weight)
+    # fit_basis makes tables for rows of size 1, whatever their unit; another table is met by its unit
     some = slice(None, None, -(-m // _PROBED_ROWS))
     one, met = (float(_encode_rows(weight[some], basis, _checked_gain(gain[some], unit), options)[2]) for gain in (size, size / unit))
     return _checked_gain(size / unit if met < _MUCH_BETTER * one else size, unit)

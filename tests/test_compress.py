@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rbe_torch
-from rbe_torch import codebook, reference
+from rbe_torch import codebook, reference, trainers
 from rbe_torch.compress import fit_basis
 from rbe_torch.layout import Layout
 from rbe_torch.linear import RBELinear
@@ -157,7 +157,7 @@ def test_scaling_a_row_scales_its_reconstruction():
 # ---- the trainers ----------------------------------------------------------------------------------------------------------------
 def test_least_squares_finds_the_optimum():
     vectors, codes = gaussian(2000, 5), torch.randint(0, 256, (2000, 2), generator=torch.Generator().manual_seed(1))
-    basis = codebook._least_squares(vectors, codes, torch.Generator().manual_seed(0))
+    basis = trainers._least_squares(vectors, codes, torch.Generator().manual_seed(0))
     one_hot = torch.zeros(2000, 512, dtype=torch.float64).scatter_(1, codes + torch.tensor([0, 256]), 1.0)
     best = one_hot @ torch.linalg.lstsq(one_hot, vectors.double(), driver="gelsd").solution
     assert float((vectors - basis[0][codes[:, 0]] - basis[1][codes[:, 1]]).square().sum()) <= 1.0001 * float((vectors - best).square().sum())
@@ -166,7 +166,7 @@ def test_least_squares_finds_the_optimum():
 def test_unused_vectors_are_put_to_use():
     vectors = gaussian(500, 4)
     codes = torch.randint(0, 3, (500, 2), generator=torch.Generator().manual_seed(1))
-    basis = codebook._least_squares(vectors, codes, torch.Generator().manual_seed(0))
+    basis = trainers._least_squares(vectors, codes, torch.Generator().manual_seed(0))
     assert bool(torch.isfinite(basis).all())
     assert len(torch.unique(basis[0], dim=0)) > 200
 
