@@ -106,6 +106,11 @@ static inline int cu_attribute(cudaDeviceAttr attribute, int otherwise) {
 static inline size_t cu_shared_limit() { return (size_t)cu_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 << 10); }
 static inline int cu_multiprocessors() { return cu_attribute(cudaDevAttrMultiProcessorCount, 1); }
 static inline int cu_clear(void *at, size_t bytes, cudaStream_t stream) { return (int)cudaMemsetAsync(at, 0, bytes, stream); }
+// Whether calls are being captured in a graph, so that nothing may wait.
+static inline bool cu_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
 // Waits for the stream: for checks alone.
 static inline int cu_copy_to_host(void *to, const void *from, size_t bytes, cudaStream_t stream) {
     const cudaError_t failed = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);

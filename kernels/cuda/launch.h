@@ -130,6 +130,7 @@ int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *sc
 // Makes `device` current and returns the one that was, or -1.
 int rbe_cu_use_device(int device);
 const char *rbe_cu_error_text(int error);
+bool rbe_cu_capturing(void *stream);  // in a graph: nothing may wait
 int rbe_cu_zero(void *at, size_t bytes, void *stream);
 int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream);  // waits for the stream
 int rbe_cu_to_device(void *to, const void *from, size_t bytes, void *stream);  // `from` may be freed when it returns
