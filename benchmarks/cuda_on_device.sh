@@ -35,7 +35,7 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step "compute-sanitizer $tool"
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-            --kernel-regex 'kns=tiles_half,kns=gather_f32,kns=decode,kns=lookup,kns=token,kns=backward,kns=dense,kns=sort,kns=unpack,kns=finish,kns=transpose' \
+            --kernel-regex 'kns=tiles_half,kns=gather_f32,kns=decode,kns=widen,kns=add_scaled,kns=lookup,kns=token,kns=backward,kns=dense,kns=sort,kns=unpack,kns=finish,kns=transpose' \
             "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k layer_moved
     done
 else

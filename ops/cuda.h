@@ -1,7 +1,8 @@
 // The products on a CUDA device: as rbe.h, every pointer of a weight or matrix on the device, nothing waits for it.
 //
 // Values are not checked, because looking at them would wait for the device: codes of any content are safe to read (launch.h), a gain that
-// is not finite gives rows that are not finite. rbe_cuda_pack and rbe_cuda_unpack do check, and wait.
+// is not finite gives rows that are not finite. What makes or takes codes (pack, unpack, encode) does check and so waits, once and before its
+// own work; only while a graph is captured, where nothing may wait, values go unchecked.
 #ifndef RBE_OPS_CUDA_H
 #define RBE_OPS_CUDA_H
 
@@ -34,6 +35,10 @@ rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, c
 rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, float *dbasis, float *dgain, const rbe_device *device,
                                     rbe_error *err);
+rbe_status rbe_cuda_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_device *device, rbe_error *err);
+// Codes to start from, where calibration has no factor, are w->words.
+rbe_status rbe_cuda_encode_calibrated(const rbe_weight *w, const rbe_matrix *dense, const rbe_calibration *calibration, int32_t *words,
+                                      const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_pack(const rbe_weight *w, uint8_t *packed, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_unpack(const rbe_weight *w, int32_t *words, const rbe_device *device, rbe_error *err);
 rbe_status rbe_cuda_interleave(const uint8_t *packed, int64_t rows, int64_t count, uint8_t *interleaved, const rbe_device *device,

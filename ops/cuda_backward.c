@@ -1,5 +1,6 @@
 // rbe_cuda_linear_backward: check, choose a way for dx, D and dbasis, then turn D into dgain, dscale and damplitude.
 #include "cuda_backward.h"
+#include "cuda_residual.h"
 #include "product.h"
 
 static rbe_status check(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out, rbe_error *err) {
@@ -33,7 +34,9 @@ rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, c
     RBE_TRY(check(w, dy, x, out, err));
     if (x->rows == 0) return zero_all(w, out, device, err);
     rbe_cuda_weight bound;
-    RBE_TRY(rbe_cuda_bind(w, device, &bound, err));
+    const bool apart = w->layout.residual == RBE_RESIDUAL_LOWRANK;
+    const rbe_weight codes = apart ? rbe_cuda_without_residual(w) : *w;
+    RBE_TRY(rbe_cuda_bind(&codes, device, &bound, err));
     const bool wants_d = out->scale || out->amplitude || out->gain;
     const int64_t places = bound.count * bound.pitch;
     rbe_cuda_backward b = {.w = &bound, .dy = dy, .x = x, .out = out, .device = device};
@@ -47,8 +50,14 @@ rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, c
     RBE_TRY(rbe_cuda_take(device, places, rbe_cuda_bytes(w->real), &b.scale, err));
     if (wants_d) RBE_TRY(rbe_cuda_take(device, places, rbe_cuda_bytes(w->real), &b.d, err));
     RBE_LAUNCH(rbe_cu_unpack(&bound.codes, bound.pitch, b.idx, b.scale, NULL, device->stream), err);
-    const bool by_table = rbe_cuda_plan_backward_table(&w->layout, x->dtype, w->rows, w->cols, x->rows);
+    const bool by_table = rbe_cuda_plan_backward_table(&codes.layout, x->dtype, w->rows, w->cols, x->rows);
     RBE_TRY(by_table ? rbe_cuda_backward_by_table(&b, err) : rbe_cuda_backward_dense(&b, err));
+    if (apart && out->dx) {
+        const rbe_cu_matrix dx = {out->dx->data, x->dtype, x->rows, w->cols, w->cols};
+        rbe_cu_matrix dense;
+        RBE_TRY(rbe_cuda_dense(dy, dy->dtype, device, &dense, err));
+        RBE_TRY(rbe_cuda_add_residual_dx(w, &dense, &dx, device, err));
+    }
     if (!wants_d) return RBE_OK;
     RBE_LAUNCH(rbe_cu_finish_codes(&bound.codes, b.d, b.scale, bound.pitch, w->gain, out->gain, out->scale, out->amplitude, device->stream),
                err);

@@ -23,7 +23,8 @@ typedef struct lt_heuristic {
     int reserved[4];
 } lt_heuristic;
 
-enum { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14, COMPUTE_32F = 68, COMPUTE_64F = 70, COMPUTE_32F_FAST_TF32 = 77 };
+enum { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_8I = 3, CUDA_R_32I = 10, CUDA_R_16BF = 14, CUDA_R_8F_E4M3 = 28 };
+enum { COMPUTE_32F = 68, COMPUTE_64F = 70, COMPUTE_32I = 72, COMPUTE_32F_FAST_TF32 = 77 };
 enum { DESC_TRANSA = 3, DESC_TRANSB = 4, LAYOUT_BATCH_COUNT = 5, LAYOUT_BATCH_STRIDE = 6 };
 enum { PREF_WORKSPACE = 1, PREF_ALIGN_A = 5, PREF_ALIGN_B = 6, PREF_ALIGN_C = 7, PREF_ALIGN_D = 8 };
 enum { WORKSPACE = 32 << 20, CACHE = 128, DEVICES = 64 };
@@ -107,15 +108,17 @@ static rbe_status handle_of(int device, void **handle, rbe_error *err) {
     return failed ? rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: cannot be started on cuda:%d, status %d", device, failed) : RBE_OK;
 }
 
-static int type_of(rbe_dtype dtype) {
-    static const int types[] = {[RBE_F32] = CUDA_R_32F, [RBE_F64] = CUDA_R_64F, [RBE_BF16] = CUDA_R_16BF, [RBE_F16] = CUDA_R_16F};
-    return types[dtype];
-}
+// By rbe_dtype, then those of cuda_blaslt.h.
+static const struct {
+    int type, bytes;
+} types[] = {
+    [RBE_F32] = {CUDA_R_32F, 4},      [RBE_F64] = {CUDA_R_64F, 8},           [RBE_BF16] = {CUDA_R_16BF, 2},         [RBE_F16] = {CUDA_R_16F, 2},
+    [RBE_GEMM_INT8] = {CUDA_R_8I, 1}, [RBE_GEMM_E4M3] = {CUDA_R_8F_E4M3, 1}, [RBE_GEMM_INT32] = {CUDA_R_32I, 4},
+};
 
 // The largest power of two, at most 256, that divides the address of every matrix of a batch.
-static int32_t alignment(const void *data, int64_t batch_stride, rbe_dtype dtype) {
-    static const int bytes[] = {[RBE_F32] = 4, [RBE_F64] = 8, [RBE_BF16] = 2, [RBE_F16] = 2};
-    const uint64_t all = (uint64_t)(uintptr_t)data | (uint64_t)batch_stride * (uint64_t)bytes[dtype] | 256u;
+static int32_t alignment(const void *data, int64_t batch_stride, int32_t type) {
+    const uint64_t all = (uint64_t)(uintptr_t)data | (uint64_t)batch_stride * (uint64_t)types[type].bytes | 256u;
     return (int32_t)(all & (~all + 1));
 }
 
@@ -123,9 +126,9 @@ typedef struct call {
     void *desc, *first, *second, *result, *preference;  // cuBLASLt's a and b are our b and a
 } call;
 
-static int describe(void **layout, rbe_dtype dtype, int64_t rows, int64_t cols, int64_t stride, int64_t batch, int64_t batch_stride) {
+static int describe(void **layout, int32_t type, int64_t rows, int64_t cols, int64_t stride, int64_t batch, int64_t batch_stride) {
     const int32_t count = (int32_t)batch;
-    int failed = lt.cublasLtMatrixLayoutCreate(layout, type_of(dtype), (uint64_t)cols, (uint64_t)rows, stride);
+    int failed = lt.cublasLtMatrixLayoutCreate(layout, types[type].type, (uint64_t)cols, (uint64_t)rows, stride);
     if (!failed && batch > 1) failed = lt.cublasLtMatrixLayoutSetAttribute(*layout, LAYOUT_BATCH_COUNT, &count, sizeof count);
     if (!failed && batch > 1)
         failed = lt.cublasLtMatrixLayoutSetAttribute(*layout, LAYOUT_BATCH_STRIDE, &batch_stride, sizeof batch_stride);
@@ -133,9 +136,10 @@ static int describe(void **layout, rbe_dtype dtype, int64_t rows, int64_t cols, 
 }
 
 static int prepare(const rbe_gemm *g, call *c) {
-    const int compute = g->out == RBE_F64 ? COMPUTE_64F : g->tf32 && g->in == RBE_F32 ? COMPUTE_32F_FAST_TF32 : COMPUTE_32F;
+    const bool wide = g->out == RBE_F64, integers = g->out == RBE_GEMM_INT32;
+    const int compute = wide ? COMPUTE_64F : integers ? COMPUTE_32I : g->tf32 && g->in == RBE_F32 ? COMPUTE_32F_FAST_TF32 : COMPUTE_32F;
     const int32_t first = g->b.transposed, second = g->a.transposed;
-    int failed = lt.cublasLtMatmulDescCreate(&c->desc, compute, g->out == RBE_F64 ? CUDA_R_64F : CUDA_R_32F);
+    int failed = lt.cublasLtMatmulDescCreate(&c->desc, compute, wide ? CUDA_R_64F : integers ? CUDA_R_32I : CUDA_R_32F);
     if (!failed) failed = lt.cublasLtMatmulDescSetAttribute(c->desc, DESC_TRANSA, &first, sizeof first);
     if (!failed) failed = lt.cublasLtMatmulDescSetAttribute(c->desc, DESC_TRANSB, &second, sizeof second);
     if (!failed) failed = describe(&c->first, g->in, first ? g->n : g->k, first ? g->k : g->n, g->b.stride, g->batch, g->b.batch_stride);
@@ -164,7 +168,7 @@ static rbe_status choose(const rbe_gemm *g, void *handle, call *c, const key *k,
             lt.cublasLtMatmulAlgoGetHeuristic(handle, c->desc, c->first, c->second, c->result, c->result, c->preference, 1, &best, &found);
     if (failed || found < 1)
         return rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: has no way to multiply %lld x %lld by %lld x %lld (types %d and %d), status %d",
-                        (long long)g->m, (long long)g->k, (long long)g->k, (long long)g->n, type_of(g->in), type_of(g->out), failed);
+                        (long long)g->m, (long long)g->k, (long long)g->k, (long long)g->n, types[g->in].type, types[g->out].type, failed);
     *algo = best.algo;
     *workspace = best.workspace;
     cache[next_place].of = *k;
@@ -181,7 +185,7 @@ static rbe_status multiply(const rbe_gemm *g, call *c, const rbe_device *device,
     k.m = g->m, k.n = g->n, k.k = g->k, k.batch = g->batch;
     const int64_t strides[6] = {g->a.stride, g->b.stride, g->c_stride, g->a.batch_stride, g->b.batch_stride, g->c_batch_stride};
     memcpy(k.strides, strides, sizeof strides);
-    k.device = device->index, k.in = (int32_t)g->in, k.out = (int32_t)g->out;
+    k.device = device->index, k.in = g->in, k.out = g->out;
     k.flags = g->a.transposed | g->b.transposed << 1 | g->tf32 << 2;
     k.align[0] = alignment(g->a.data, g->a.batch_stride, g->in);
     k.align[1] = alignment(g->b.data, g->b.batch_stride, g->in);
@@ -205,10 +209,12 @@ static rbe_status multiply(const rbe_gemm *g, call *c, const rbe_device *device,
     }
     const double alpha64 = 1.0, beta64 = g->accumulate ? 1.0 : 0.0;
     const float alpha32 = 1.0f, beta32 = g->accumulate ? 1.0f : 0.0f;
-    const bool wide = g->out == RBE_F64;
-    const int failed = lt.cublasLtMatmul(handle, c->desc, wide ? (const void *)&alpha64 : &alpha32, g->b.data, c->first, g->a.data,
-                                         c->second, wide ? (const void *)&beta64 : &beta32, g->c, c->result, g->c, c->result, &algo,
-                                         products->workspace, products->bytes, device->stream);
+    const int32_t alpha_whole = 1, beta_whole = g->accumulate;
+    const bool wide = g->out == RBE_F64, integers = g->out == RBE_GEMM_INT32;
+    const void *alpha = wide ? (const void *)&alpha64 : integers ? (const void *)&alpha_whole : &alpha32;
+    const void *beta = wide ? (const void *)&beta64 : integers ? (const void *)&beta_whole : &beta32;
+    const int failed = lt.cublasLtMatmul(handle, c->desc, alpha, g->b.data, c->first, g->a.data, c->second, beta, g->c, c->result, g->c,
+                                         c->result, &algo, products->workspace, products->bytes, device->stream);
     return failed ? rbe_fail(err, RBE_DEVICE_FAILED, "cuBLASLt: a product failed with status %d", failed) : RBE_OK;
 }
 

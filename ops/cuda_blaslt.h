@@ -16,13 +16,17 @@ typedef struct rbe_gemm_operand {
     bool transposed;
 } rbe_gemm_operand;
 
+// Types of a product beside those of rbe_dtype. Of int8 sums are int32, of e4m3 float32; a is not transposed, b is, and every dimension and
+// address is a multiple of 16.
+enum { RBE_GEMM_INT8 = 16, RBE_GEMM_E4M3, RBE_GEMM_INT32 };
+
 // c[b] = a[b] b[b] (+ c[b]), b < batch: m x n from m x k and k x n; sums in float32, in float64 where out is.
 typedef struct rbe_gemm {
     int64_t m, n, k, batch;
     rbe_gemm_operand a, b;
     void *c;
     int64_t c_stride, c_batch_stride;
-    rbe_dtype in, out;  // of a and b; of c
+    int32_t in, out;  // of a and b; of c: rbe_dtype or one of those above
     bool accumulate;
     bool tf32;  // float32 inputs may lose all but 10 bits of fraction
 } rbe_gemm;

@@ -1,5 +1,5 @@
 // rbe_cuda_decode and its gradients, pack, unpack, interleave and deinterleave. pack and unpack check the codes, and so wait for the
-// device.
+// device, but not while a graph is captured.
 #include "cuda_internal.h"
 
 rbe_status rbe_cuda_decode(const rbe_weight *w, void *dense, const rbe_device *device, rbe_error *err) {
@@ -42,6 +42,7 @@ rbe_status rbe_cuda_decode_backward(const rbe_weight *w, const float *dense, flo
 
 static rbe_status check_values(const rbe_weight *w, const rbe_cu_codes *codes, const rbe_device *device, rbe_error *err) {
     unsigned long long *scratch, bad;
+    if (rbe_cu_capturing(device->stream)) return RBE_OK;
     RBE_TRY(rbe_cuda_take(device, 1, sizeof *scratch, &scratch, err));
     RBE_LAUNCH(rbe_cu_check_codes(codes, scratch, &bad, device->stream), err);
     if (bad == ~0ull) return RBE_OK;
@@ -63,6 +64,11 @@ static rbe_status bind_checked(const rbe_weight *w, const rbe_device *device, rb
     RBE_TRY(rbe_cuda_check(&whole, err));
     RBE_TRY(rbe_cuda_bind(w, device, out, err));
     return check_values(w, &out->codes, device, err);
+}
+
+rbe_status rbe_cuda_check_words(const rbe_weight *w, const rbe_device *device, rbe_error *err) {
+    rbe_cuda_weight bound;
+    return bind_checked(w, device, &bound, err);
 }
 
 rbe_status rbe_cuda_pack(const rbe_weight *w, uint8_t *packed, const rbe_device *device, rbe_error *err) {

@@ -20,6 +20,9 @@ rbe_status rbe_cuda_take(const rbe_device *device, int64_t count, size_t size, v
 // Shapes, dtypes and pointers of a weight and of a matrix that a product reads or writes.
 rbe_status rbe_cuda_check(const rbe_weight *w, rbe_error *err);
 
+// Refuses words with bits outside the layout (cuda_codes.c); waits for the device.
+rbe_status rbe_cuda_check_words(const rbe_weight *w, const rbe_device *device, rbe_error *err);
+
 // Codes that are interleaved are laid out as rows first.
 typedef struct rbe_cuda_weight {
     const rbe_weight *w;

@@ -1,5 +1,6 @@
 // rbe_cuda_linear: check, choose a path, run it. In the exact class half types are computed as float32.
 #include "cuda_internal.h"
+#include "cuda_residual.h"
 #include "product.h"
 
 typedef struct job {
@@ -104,7 +105,7 @@ static rbe_status decode_mma(const job *j, rbe_error *err) {
     return RBE_OK;
 }
 
-static rbe_status run(const job *j, rbe_error *err) {
+static rbe_status run_codes(const job *j, rbe_error *err) {
     switch (rbe_cuda_plan(&j->w->w->layout, j->x.dtype, j->w->codes.rows, j->w->codes.cols, j->x.rows)) {
         case RBE_CUDA_LOOKUP: return lookup(j, err);
         case RBE_CUDA_TOKEN: return token(j, err);
@@ -113,6 +114,12 @@ static rbe_status run(const job *j, rbe_error *err) {
         case RBE_CUDA_DECODE_MMA: return decode_mma(j, err);
         default: return decode_gemm(j, err);
     }
+}
+
+// The residual, where it is multiplied apart, belongs to `whole`.
+static rbe_status run(const job *j, const rbe_weight *whole, rbe_error *err) {
+    RBE_TRY(run_codes(j, err));
+    return whole ? rbe_cuda_add_residual(whole, &j->x, &j->y, j->tf32, j->device, err) : RBE_OK;
 }
 
 rbe_status rbe_cuda_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias, const rbe_matrix *y, rbe_accuracy accuracy,
@@ -127,15 +134,17 @@ rbe_status rbe_cuda_linear(const rbe_weight *w, const rbe_matrix *x, const void 
         return rbe_fail(err, RBE_BAD_ARGUMENT, "accuracy: %d is not auto, exact or fast", (int)accuracy);
     if (x->rows == 0) return RBE_OK;
     rbe_cuda_weight bound;
-    RBE_TRY(rbe_cuda_bind(w, device, &bound, err));
     const bool half = rbe_cuda_half(x->dtype), widened = half && accuracy == RBE_ACCURACY_EXACT;
+    const bool apart = rbe_cuda_residual_apart(w, widened ? RBE_F32 : x->dtype, x->rows, accuracy);
+    const rbe_weight codes = apart ? rbe_cuda_without_residual(w) : *w, *whole = apart ? w : NULL;
+    RBE_TRY(rbe_cuda_bind(&codes, device, &bound, err));
     const rbe_cu_matrix result = {y->data, y->dtype, y->rows, y->cols, y->row_stride};
     job j = {.w = &bound, .y = result, .bias = bias, .tf32 = accuracy == RBE_ACCURACY_FAST, .device = device};
     RBE_TRY(rbe_cuda_dense(x, widened ? RBE_F32 : x->dtype, device, &j.x, err));
-    if (!widened) return run(&j, err);
+    if (!widened) return run(&j, whole, err);
     j.y = (rbe_cu_matrix){NULL, RBE_F32, y->rows, y->cols, y->cols};
     RBE_TRY(rbe_cuda_take(device, y->rows * y->cols, sizeof(float), &j.y.data, err));
-    RBE_TRY(run(&j, err));
+    RBE_TRY(run(&j, whole, err));
     RBE_LAUNCH(rbe_cu_finish_product(j.y.data, RBE_F32, 1, NULL, NULL, &result, device->stream), err);
     return RBE_OK;
 }

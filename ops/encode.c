@@ -41,7 +41,7 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     rbe_scratch_end(mark);
 }
 
-rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
+rbe_status rbe_check_encoding_shape(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
     rbe_status status = rbe_check_shape(w, err);
     if (status != RBE_OK) return status;
     const rbe_layout *l = &w->layout;
@@ -54,6 +54,13 @@ rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, cons
     if (dense->rows != w->rows || dense->cols != w->cols)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: is %lld x %lld; must be %lld x %lld", (long long)dense->rows, (long long)dense->cols,
                         (long long)w->rows, (long long)w->cols);
+    return RBE_OK;
+}
+
+rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
+    const rbe_status status = rbe_check_encoding_shape(w, dense, words, err);
+    if (status != RBE_OK) return status;
+    const rbe_layout *l = &w->layout;
     for (int64_t i = 0; i < w->rows; ++i) {
         for (int64_t j = 0; j < w->cols; ++j)
             if (!isfinite(rbe_real_at(dense->data, dense->dtype, i * dense->row_stride + j * dense->col_stride)))

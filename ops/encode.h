@@ -42,7 +42,9 @@ static inline double rbe_encoder_element(const rbe_encoder *s, int64_t stage, in
 uint32_t rbe_encoder_word(const rbe_encoder *s, int64_t stage, int64_t j, int64_t depth, const double *v, double dot, double square,
                           double *error);
 
-// Arguments of an encoding (encode.c).
+// Arguments of an encoding (encode.c): all that can be said without reading values, and all.
+rbe_status rbe_check_encoding_shape(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err);
+rbe_status rbe_check_calibration_shape(const rbe_weight *w, const rbe_calibration *c, rbe_error *err);
 rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err);
 // Takes the tables of s->w's shape from scratch; false: out of memory. Fills them and the unit from s->w's basis.
 bool rbe_encoder_take(rbe_encoder *s);

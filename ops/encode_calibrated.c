@@ -73,7 +73,7 @@ static bool factor_block(const float *matrix, int64_t n, int64_t first, int64_t 
     return true;
 }
 
-// The basis times F, and the search's tables of it.
+// The basis times F, zero beyond the columns that exist, and the search's tables of it.
 static void turn_basis(worker *t, int64_t depth) {
     const rbe_weight *w = t->j->w;
     const int64_t g = w->layout.group, count = (int64_t)w->layout.stages * RBE_BASIS_VECTORS;
@@ -242,13 +242,19 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     rbe_scratch_end(mark);
 }
 
-static rbe_status check(const rbe_weight *w, const rbe_calibration *c, rbe_error *err) {
-    const int64_t n = w->cols;
+rbe_status rbe_check_calibration_shape(const rbe_weight *w, const rbe_calibration *c, rbe_error *err) {
     if (!c || !c->hessian) return rbe_fail(err, RBE_BAD_ARGUMENT, "hessian: is NULL; must not be");
     if (w->layout.group > RBE_ENCODE_DEPTH)
         return rbe_fail(err, RBE_BAD_ARGUMENT, "layout: has groups of %d; calibrated encoding takes at most %d", (int)w->layout.group, RBE_ENCODE_DEPTH);
     if (w->k0 != 0 || w->groups != w->groups_total) return rbe_fail(err, RBE_BAD_ARGUMENT, "k0: was %lld; must be 0, with whole rows", (long long)w->k0);
     if (c->sweeps < 0) return rbe_fail(err, RBE_BAD_ARGUMENT, "sweeps: was %d; must be 0 or more", c->sweeps);
+    return RBE_OK;
+}
+
+static rbe_status check(const rbe_weight *w, const rbe_calibration *c, rbe_error *err) {
+    const int64_t n = w->cols;
+    const rbe_status status = rbe_check_calibration_shape(w, c, err);
+    if (status != RBE_OK) return status;
     for (int64_t i = 0; i < w->rows; ++i)
         if (!(rbe_real_at(w->gain, w->real, i) > 0)) return rbe_fail(err, RBE_BAD_ARGUMENT, "gain: row %lld is not positive; must be", (long long)i);
     for (int64_t i = 0; i < n * n; ++i)

@@ -107,12 +107,6 @@ def _autocast_kernel(op, device: str, key: torch._C.DispatchKeySet, x: torch.Ten
         return op(x, *args, **keywords)
 
 
-def _on_host(op, *args, **keywords):
-    """Encoding searches on the CPU: CUDA tensors go there and the words come back."""
-    device = args[0].device
-    return op(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in args), **keywords).to(device)
-
-
 def _register_all() -> torch.library.Library:
     library = torch.library.Library("rbe", "IMPL")
     _register(library, "linear", Linear, TENSORS, autograd=True)
@@ -124,8 +118,6 @@ def _register_all() -> torch.library.Library:
         for name in ("linear", "linear_inference"):
             kernel = functools.partial(_autocast_kernel, getattr(_ops, name).default, device, key)
             library.impl(name, kernel, f"Autocast{device.upper()}")
-    for name in ("encode", "encode_calibrated"):
-        library.impl(name, functools.partial(_on_host, getattr(_ops, name).default), "CUDA")
     for name, fake in _fake.KERNELS.items():
         torch.library.register_fake(f"rbe::{name}", fake, lib=library)
     for name, formula in _fake.FLOPS.items():

@@ -66,6 +66,7 @@ rbe_status rbe_op_encode(rbe_call *call) {
     void *words;
     status = rbe_call_result(call, 3, shape, torch.aoti_torch_dtype_int32(), &words);
     if (status != RBE_OK) return status;
+    if (rbe_on_cuda(call)) return rbe_cuda_encode(&w, &weight, words, &call->place.device, &call->err);
     rbe_parallel threads = rbe_torch_threads();
     return rbe_encode(&w, &weight, words, &threads, &call->err);
 }

@@ -40,10 +40,11 @@ rbe_status rbe_op_encode_calibrated(rbe_call *call) {
         }
         if (status == RBE_OK) status = rbe_expect_shape(call, &codes, 3, shape, "[m, K, M]");
         if (status == RBE_OK) status = rbe_dense_bytes(call, &codes, sizeof(int32_t), &start);
-        if (status != RBE_OK) return status;
-        w.words = start;
-        status = rbe_check_codes(&w, &call->err);
-        w.words = NULL;
+        if (status == RBE_OK && !rbe_on_cuda(call)) {
+            w.words = start;
+            status = rbe_check_codes(&w, &call->err);
+            w.words = NULL;
+        }
         if (status != RBE_OK) return status;
     }
     int64_t sweeps = rbe_call_int(call, SWEEPS);
@@ -52,6 +53,10 @@ rbe_status rbe_op_encode_calibrated(rbe_call *call) {
     void *words;
     status = rbe_call_result(call, 3, shape, torch.aoti_torch_dtype_int32(), &words);
     if (status != RBE_OK) return status;
+    if (rbe_on_cuda(call)) {
+        w.words = start;
+        return rbe_cuda_encode_calibrated(&w, &weight, &calibration, words, &call->place.device, &call->err);
+    }
     if (start) memcpy(words, start, (size_t)(shape[0] * shape[1] * shape[2]) * sizeof(int32_t));
     rbe_parallel threads = rbe_torch_threads();
     return rbe_encode_calibrated(&w, &weight, &calibration, words, &threads, &call->err);

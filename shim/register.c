@@ -34,23 +34,22 @@ BOXED(deinterleave, "TI")
 static const struct {
     const char *name, *schema;
     torch_boxed kernel;
-    bool host;  // the CPU alone: rbe_torch/_ops.py brings CUDA tensors there and the result back
 } operators[] = {
-    {"linear", "linear" LINEAR_SCHEMA, boxed_linear, false},
+    {"linear", "linear" LINEAR_SCHEMA, boxed_linear},
     // The same product without an autograd kernel in front of it: what inference calls.
-    {"linear_inference", "linear_inference" LINEAR_SCHEMA, boxed_linear, false},
-    {"linear_backward", BACKWARD_SCHEMA, boxed_linear_backward, false},
+    {"linear_inference", "linear_inference" LINEAR_SCHEMA, boxed_linear},
+    {"linear_backward", BACKWARD_SCHEMA, boxed_linear_backward},
     {"decode", "decode(Tensor codes, Tensor basis, Tensor gain, Tensor? amplitude=None, " RESIDUALS ", *, " PLACE ", bool rounded=True) -> Tensor",
-     boxed_decode, false},
+     boxed_decode},
     {"decode_backward", "decode_backward(Tensor gradient, Tensor codes, Tensor basis, Tensor gain, *, " PLACE ") -> (Tensor dbasis, Tensor dgain)",
-     boxed_decode_backward, false},
-    {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode, true},
+     boxed_decode_backward},
+    {"encode", "encode(Tensor weight, Tensor basis, Tensor gain, *, " PLACE ") -> Tensor", boxed_encode},
     {"encode_calibrated", "encode_calibrated(Tensor weight, Tensor basis, Tensor gain, Tensor hessian, Tensor? factor=None, Tensor? codes=None, *, " PLACE
-     ", int sweeps=2) -> Tensor", boxed_encode_calibrated, true},
-    {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack, false},
-    {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack, false},
-    {"interleave", "interleave(Tensor packed) -> Tensor", boxed_interleave, false},
-    {"deinterleave", "deinterleave(Tensor codes, int rows) -> Tensor", boxed_deinterleave, false},
+     ", int sweeps=2) -> Tensor", boxed_encode_calibrated},
+    {"pack", "pack(Tensor codes, *, " PLACE ") -> Tensor", boxed_pack},
+    {"unpack", "unpack(Tensor packed, *, " PLACE ") -> Tensor", boxed_unpack},
+    {"interleave", "interleave(Tensor packed) -> Tensor", boxed_interleave},
+    {"deinterleave", "deinterleave(Tensor codes, int rows) -> Tensor", boxed_deinterleave},
 };
 
 // Registers everything once a process. Returns 0, or 1 with one sentence in `message`. Called by rbe_torch/_ops.py through ctypes.
@@ -64,7 +63,7 @@ __attribute__((visibility("default"))) int rbe_torch_init(char *message, size_t 
     for (size_t i = 0; !failed && i < sizeof operators / sizeof *operators; i++) {
         failed |= torch.aoti_torch_library_def(definitions, operators[i].schema);
         failed |= torch.torch_library_impl(kernels, operators[i].name, operators[i].kernel, TORCH_BUILD_VERSION);
-        if (!operators[i].host) failed |= torch.torch_library_impl(cuda, operators[i].name, operators[i].kernel, TORCH_BUILD_VERSION);
+        failed |= torch.torch_library_impl(cuda, operators[i].name, operators[i].kernel, TORCH_BUILD_VERSION);
         if (failed) snprintf(message, size, "torch refused the operator rbe::%s", operators[i].name);
     }
     return failed ? 1 : 0;

@@ -29,8 +29,12 @@ LAYOUTS = ["rbe22_g64", "rbe32_g16", "rbe9r_g16", "rbe8x2_g8", "rbe16s_g8", "rbe
 @pytest.mark.skipif(not (KERNELS.exists() and STANDIN.exists()), reason="needs librbe_on_host.so: make test-c (Linux, x86-64)")
 @pytest.mark.parametrize(
     "selected",
-    [["test_operators.py"], ["test_gradients.py", "-k", "kernels_give and (g16 or 8x2 or 16s or 4r)"]],
-    ids=["operators", "gradients"],
+    [
+        ["test_operators.py"],
+        ["test_gradients.py", "-k", "kernels_give and (g16 or 8x2 or 16s or 4r)"],
+        ["test_calibrate.py", "-k", "one_group or operator_refuses"],
+    ],
+    ids=["operators", "gradients", "calibration"],
 )
 def test_operators_the_way_of_cuda_with_kernels_on_the_host(tmp_path: Path, selected: list[str]) -> None:
     """The operators' own tests with a library that takes CPU tensors for CUDA tensors and runs the CUDA kernels on the CPU."""

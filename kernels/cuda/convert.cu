@@ -147,6 +147,8 @@ int rbe_cu_sum_splits(const void *in, rbe_dtype real, int64_t splits, int64_t co
                                        splits, count, (float *)out);
 }
 
+int rbe_cu_capability() { return cu_capability(); }
+bool rbe_cu_capturing(void *stream) { return cu_capturing((cudaStream_t)stream); }
 int rbe_cu_zero(void *at, size_t bytes, void *stream) { return cu_clear(at, bytes, (cudaStream_t)stream); }
 int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream) {
     return cu_copy_to_host(to, from, bytes, (cudaStream_t)stream);

@@ -105,7 +105,15 @@ static inline int cu_attribute(cudaDeviceAttr attribute, int otherwise) {
 }
 static inline size_t cu_shared_limit() { return (size_t)cu_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 << 10); }
 static inline int cu_multiprocessors() { return cu_attribute(cudaDevAttrMultiProcessorCount, 1); }
+static inline int cu_capability() {
+    return 10 * cu_attribute(cudaDevAttrComputeCapabilityMajor, 0) + cu_attribute(cudaDevAttrComputeCapabilityMinor, 0);
+}
 static inline int cu_clear(void *at, size_t bytes, cudaStream_t stream) { return (int)cudaMemsetAsync(at, 0, bytes, stream); }
+// Whether calls are being captured in a graph, so that nothing may wait.
+static inline bool cu_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
 // Waits for the stream: for checks alone.
 static inline int cu_copy_to_host(void *to, const void *from, size_t bytes, cudaStream_t stream) {
     const cudaError_t failed = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);
@@ -143,6 +151,17 @@ CU_DEVICE float cu_bf16_to_f32(uint16_t h) { return cu_bits_to_f32((uint32_t)h <
 CU_DEVICE float cu_e4m3_to_f32(uint8_t b) {
     if ((b & 0x7Fu) == 0x7Fu) return cu_bits_to_f32(0x7FC00000u);
     return 256.0f * cu_f16_to_f32((uint16_t)((b & 0x80u) << 8 | (b & 0x7Fu) << 7));
+}
+
+// To nearest, ties to even; beyond 448 to 448. The instruction for it exists from sm_89 on.
+CU_DEVICE uint8_t cu_f32_to_e4m3(float f) {
+    const uint32_t bits = cu_f32_to_bits(f), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u) return 0x7F;
+    if (magnitude >= 0x43E00000u) return (uint8_t)(sign | 0x7Eu);
+    if (magnitude < 0x3C800000u)  // subnormal: multiples of 2^-9
+        return (uint8_t)(sign | (uint32_t)rintf(cu_bits_to_f32(magnitude) * 512.0f));
+    const uint32_t rebased = magnitude - 0x3C000000u;  // exponent 7 instead of 127
+    return (uint8_t)(sign | (rebased + 0x7FFFFu + (rebased >> 20 & 1u)) >> 20);
 }
 
 // Activations of a type: bf16 and f16 are told apart by these, since both are uint16_t.

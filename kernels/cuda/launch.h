@@ -85,6 +85,14 @@ int rbe_cu_column_sums(const rbe_cu_matrix *a, rbe_dtype real, void *out, void *
 // out[p] = sum over splits of in[split, p], in order
 int rbe_cu_sum_splits(const void *in, rbe_dtype real, int64_t splits, int64_t count, void *out, void *stream);
 
+// ---- residuals that are multiplied apart (residual.cu) ----
+// out [rows, cols] = bytes, times scale [rows] or [cols] where it is not NULL.
+int rbe_cu_widen(const int8_t *bytes, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, rbe_dtype dtype, void *stream);
+// out [padded, n]: tokens of x as int8 or e4m3, each in units of scale[t], then zeros.
+int rbe_cu_round_tokens(const rbe_cu_matrix *x, int64_t padded, bool e4m3, uint8_t *out, float *scale, void *stream);
+// y[t, i] += sums[t, i] * row_scale[i] * token_scale[t]; sums dense, int32 or float32.
+int rbe_cu_add_scaled(const void *sums, bool integers, const float *row_scale, const float *token_scale, const rbe_cu_matrix *y, void *stream);
+
 // ---- forward of codes with a table ----
 // Up to 16 tokens (token.cu): table [T, Q, 256] float32, then y[t, i] = gain[i] sum over q of scale table[t, q, idx] + bias[i].
 int rbe_cu_token_table(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, float *table, void *stream);
@@ -130,6 +138,8 @@ int rbe_cu_finish_codes(const rbe_cu_codes *codes, const void *d, const void *sc
 // Makes `device` current and returns the one that was, or -1.
 int rbe_cu_use_device(int device);
 const char *rbe_cu_error_text(int error);
+int rbe_cu_capability(void);  // of the current device: 90 is sm_90
+bool rbe_cu_capturing(void *stream);  // in a graph: nothing may wait
 int rbe_cu_zero(void *at, size_t bytes, void *stream);
 int rbe_cu_to_host(void *to, const void *from, size_t bytes, void *stream);  // waits for the stream
 int rbe_cu_to_device(void *to, const void *from, size_t bytes, void *stream);  // `from` may be freed when it returns

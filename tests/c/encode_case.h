@@ -1,4 +1,4 @@
-// A weight to encode in float64 and the exact error of codes for it.
+// Weights to encode: in float64 with the exact error of codes for it, and in float32 with a metric for calibrated encoding.
 #ifndef RBE_ENCODE_CASE_H
 #define RBE_ENCODE_CASE_H
 
@@ -61,6 +61,75 @@ struct Problem {
         return sum;
     }
     uint32_t code(int64_t i, int64_t k = 0) const { return (uint32_t)words[(size_t)((i * w.groups + k) * w.layout.stages)]; }
+};
+
+// A weight in float32 with H = A A^T + identity and its upper triangular factor.
+struct Calibrated {
+    rbe_weight w{};
+    int64_t n;
+    std::vector<float> basis, gain, weight, hessian, factor;
+    std::vector<int32_t> words;
+    rbe_matrix dense{};
+    rbe_calibration calibration{};
+
+    Calibrated(const std::string &layout, int64_t rows, int64_t cols, unsigned seed) : n(cols) {
+        rbe_error err;
+        EXPECT_EQ(rbe_layout_parse(layout.data(), layout.size(), &w.layout, &err), RBE_OK) << err.text;
+        std::mt19937 random(seed);
+        std::normal_distribution<float> normal;
+        w.rows = rows, w.cols = cols, w.groups = w.groups_total = (cols + w.layout.group - 1) / w.layout.group;
+        w.real = RBE_F32, w.rounded = true, w.seed = 3;
+        basis.resize((size_t)(w.layout.stages * 256 * w.layout.group));
+        for (float &b : basis) b = normal(random);
+        gain.resize((size_t)rows);
+        for (float &x : gain) x = std::exp(0.3f * normal(random));
+        weight.resize((size_t)(rows * cols));
+        for (float &x : weight) x = normal(random);
+        words.assign((size_t)(rows * w.groups * w.layout.stages), -1);
+        std::vector<double> a((size_t)(n * n)), h((size_t)(n * n)), v((size_t)(n * n));
+        for (double &x : a) x = normal(random);
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t j = 0; j < n; ++j) {
+                for (int64_t k = 0; k < n; ++k) h[(size_t)(i * n + j)] += a[(size_t)(i * n + k)] * a[(size_t)(j * n + k)] / (1 + (double)k);
+                h[(size_t)(i * n + j)] += i == j;
+            }
+        }
+        for (int64_t j = n - 1; j >= 0; --j) {
+            double square = h[(size_t)(j * n + j)];
+            for (int64_t k = j + 1; k < n; ++k) square -= v[(size_t)(j * n + k)] * v[(size_t)(j * n + k)];
+            v[(size_t)(j * n + j)] = std::sqrt(square);
+            for (int64_t i = 0; i < j; ++i) {
+                double value = h[(size_t)(i * n + j)];
+                for (int64_t k = j + 1; k < n; ++k) value -= v[(size_t)(i * n + k)] * v[(size_t)(j * n + k)];
+                v[(size_t)(i * n + j)] = value / v[(size_t)(j * n + j)];
+            }
+        }
+        hessian.assign(h.begin(), h.end());
+        factor.assign(v.begin(), v.end());
+        w.basis = basis.data(), w.gain = gain.data();
+        dense = {weight.data(), RBE_F32, rows, cols, cols, 1};
+        calibration = {hessian.data(), factor.data(), 0};
+    }
+    Calibrated(const Calibrated &) = delete;
+
+    rbe_status encode(int sweeps, rbe_error *err, const rbe_parallel *threads = nullptr) {
+        calibration.sweeps = sweeps;
+        return rbe_encode_calibrated(&w, &dense, &calibration, words.data(), threads, err);
+    }
+    double loss() {
+        std::vector<float> decoded((size_t)(w.rows * n));
+        rbe_weight coded = w;
+        rbe_error err;
+        coded.words = words.data();
+        EXPECT_EQ(rbe_decode(&coded, decoded.data(), nullptr, &err), RBE_OK) << err.text;
+        double sum = 0;
+        for (int64_t r = 0; r < w.rows; ++r)
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t j = 0; j < n; ++j)
+                    sum += ((double)weight[(size_t)(r * n + i)] - decoded[(size_t)(r * n + i)]) * hessian[(size_t)(i * n + j)] *
+                           ((double)weight[(size_t)(r * n + j)] - decoded[(size_t)(r * n + j)]);
+        return sum;
+    }
 };
 
 #endif

@@ -53,10 +53,10 @@ void cp_async(const Site &site, void *to, const void *from, int bytes);
 void cp_commit();
 void cp_wait(int groups);
 
-// How the next launches run. order: 0 threads and blocks in order, 1 reversed, 2 at random by seed.
+// How the next launches run. order: 0 threads and blocks in order, 1 reversed, 2 at random by seed. capability: what the device says it is.
 struct Options {
     uint64_t seed = 1;
-    int order = 2;
+    int order = 2, capability = 90;
 };
 extern Options options;
 // Runs every thread of every block of a kernel. Shared memory starts as NaN. A deadlock or a misuse of a warp operation is printed with its
@@ -102,6 +102,7 @@ T shuffle(const Site &site, Warp operation, unsigned mask, T value, int argument
 #define __match_any_sync(mask, v) \
     ((unsigned)::emu::warp_operation(EMU_SITE("__match_any_sync"), ::emu::Warp::match, mask, ::emu::to_bits(v), 0, 32))
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline unsigned long long atomicMin(unsigned long long *at, unsigned long long value) {
     unsigned long long old = __atomic_load_n(at, __ATOMIC_RELAXED);
@@ -160,6 +161,8 @@ int cu_launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t s
 }
 static inline size_t cu_shared_limit() { return emu::kSharedBytes; }
 static inline int cu_multiprocessors() { return 4; }
+static inline int cu_capability() { return emu::options.capability; }
+static inline bool cu_capturing(cudaStream_t) { return false; }
 static inline int cu_clear(void *at, size_t bytes, cudaStream_t) {
     std::memset(at, 0, bytes);
     return 0;

@@ -6,12 +6,13 @@
 #include <cstring>
 #include <map>
 
-#include "cu_host.h"
+#include "kernels/cuda/cu.h"
 
 namespace {
 
 enum { kInvalid = 7, kUnsupported = 15, kWorkspace = 4096 };
-enum { kFloat = 0, kDouble = 1, kHalf = 2, kBfloat = 14, kCompute32 = 68, kCompute64 = 70, kComputeTf32 = 77 };
+enum { kFloat = 0, kDouble = 1, kHalf = 2, kInt8 = 3, kInt32 = 10, kBfloat = 14, kE4m3 = 28 };
+enum { kCompute32 = 68, kCompute64 = 70, kComputeInt = 72, kComputeTf32 = 77 };
 
 struct Desc {
     int compute, scale;
@@ -46,13 +47,18 @@ int refuse(const char *why) {
     return kInvalid;
 }
 
-int bytes_of(int type) { return type == kDouble ? 8 : type == kFloat ? 4 : 2; }
+int bytes_of(int type) {
+    return type == kDouble ? 8 : type == kFloat || type == kInt32 ? 4 : type == kInt8 || type == kE4m3 ? 1 : 2;
+}
 
 double load(const void *data, int type, int64_t at) {
     switch (type) {
         case kDouble: return ((const double *)data)[at];
         case kFloat: return ((const float *)data)[at];
         case kHalf: return cu_f16_to_f32(((const uint16_t *)data)[at]);
+        case kInt8: return ((const int8_t *)data)[at];
+        case kInt32: return ((const int32_t *)data)[at];
+        case kE4m3: return cu_e4m3_to_f32(((const uint8_t *)data)[at]);
         default: return emu::from_bits<float>((uint64_t)((const uint16_t *)data)[at] << 16);
     }
 }
@@ -61,6 +67,7 @@ void store(void *data, int type, int64_t at, double value) {
         case kDouble: ((double *)data)[at] = value; break;
         case kFloat: ((float *)data)[at] = (float)value; break;
         case kHalf: ((uint16_t *)data)[at] = cu_f32_to_f16((float)value); break;
+        case kInt32: ((int32_t *)data)[at] = (int32_t)value; break;
         default: ((uint16_t *)data)[at] = cu_f32_to_bf16((float)value); break;
     }
 }
@@ -76,6 +83,16 @@ int check(const Desc &d, const Layout &a, const Layout &b, const Layout &c) {
     }
     if (c.batch > 1 && c.batch_stride == 0) return refuse("the results of a batch lie on each other");
     if (a.type != b.type) return refuse("a and b differ in type");
+    const bool integers = a.type == kInt8, bytes = integers || a.type == kE4m3;
+    if (bytes) {  // tensor cores of eight bits
+        if (!d.transposed[0] || d.transposed[1]) return refuse("eight bits need a transposed and b not");
+        if (m % 16 || n % 16 || k % 16 || a.ld % 16 || b.ld % 16 || c.ld % 4) return refuse("eight bits need multiples of 16");
+        if (integers ? c.type != kInt32 || d.compute != kComputeInt || d.scale != kInt32
+                     : c.type != kFloat || d.compute != kCompute32 || d.scale != kFloat)
+            return refuse("eight bits with other sums than int32 of int8, float32 of e4m3");
+        return 0;
+    }
+    if (d.compute == kComputeInt || c.type == kInt32) return refuse("int32 sums are for int8");
     const bool wide = a.type == kDouble;
     if (wide != (c.type == kDouble) || wide != (d.compute == kCompute64) || wide != (d.scale == kDouble))
         return refuse("float64 mixed with others");
@@ -115,7 +132,8 @@ API cublasLtMatmulDescSetAttribute(void *desc, int attribute, const void *value,
     return 0;
 }
 API cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t cols, int64_t ld) {
-    if (type != kFloat && type != kDouble && type != kHalf && type != kBfloat) return kUnsupported;
+    if (type != kFloat && type != kDouble && type != kHalf && type != kBfloat && type != kInt8 && type != kInt32 && type != kE4m3)
+        return kUnsupported;
     *layout = new Layout{type, (int64_t)rows, (int64_t)cols, ld, 1, 0};
     ++objects;
     return 0;
@@ -182,8 +200,11 @@ API cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, v
         if (((uintptr_t)at[i] | (uintptr_t)(layouts[i]->batch_stride * bytes_of(layouts[i]->type) * (ld.batch > 1))) % algo->data[2 + i])
             return refuse("a matrix is less aligned than was promised");
     if (workspace_size) std::memset(workspace, 0xFF, workspace_size);
-    const double scale = product.scale == kDouble ? *(const double *)alpha : *(const float *)alpha;
-    const double keep = product.scale == kDouble ? *(const double *)beta : *(const float *)beta;
+    if (bytes_of(la.type) == 1 && (algo->data[2] < 16 || algo->data[3] < 16)) return refuse("eight bits need addresses of 16");
+    const auto number = [&](const void *at) {
+        return product.scale == kDouble ? *(const double *)at : product.scale == kInt32 ? *(const int32_t *)at : *(const float *)at;
+    };
+    const double scale = number(alpha), keep = number(beta);
     const int64_t depth = product.transposed[0] ? la.rows : la.cols;
     for (int64_t batch = 0; batch < ld.batch; ++batch) {
         for (int64_t j = 0; j < ld.cols; ++j) {

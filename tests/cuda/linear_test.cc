@@ -1,5 +1,6 @@
 // rbe_cuda_linear, the kernels themselves run on the CPU, against the float64 reference.
 #include "device_case.h"
+#include "kernels/cuda/cu.h"
 
 namespace {
 
@@ -126,6 +127,87 @@ TEST(CudaLinear, Float64ComputesInFloat64) {
         rbe_error err;
         ASSERT_EQ(rbe_cuda_linear(&w, &x.view, bias.data(), &got.view, RBE_ACCURACY_AUTO, &device.device, &err), RBE_OK) << err.text;
         expect_near(got, truth, 1e-13, layout);
+    }
+}
+
+// x rounded to int8 or e4m3 for the residual alone, which is a twentieth of the weight here; sums of bfloat16 beside it.
+TEST(CudaLinear, FastResidualsAreMultipliedInEightBits) {
+    std::mt19937 random(13);
+    struct {
+        const char *layout;
+        rbe_dtype dtype;
+        int64_t rows, cols, tokens;
+        bool apart;
+    } cases[] = {
+        {"rbe8x2_g8+int8", RBE_BF16, 32, 80, 3, true},  {"rbe22_g16+fp8", RBE_F16, 48, 64, 17, false}, {"rbe22_g64+fp8", RBE_BF16, 32, 80, 16, true},
+        {"rbe8_g8+int8", RBE_F32, 16, 48, 2, true},     {"rbe8x2_g8+int8", RBE_BF16, 31, 80, 3, false}, {"rbe8x2_g8+fp8", RBE_BF16, 32, 72, 3, false},
+    };
+    for (const auto &c : cases) {
+        if (kRaces && c.dtype != RBE_BF16) continue;
+        Product p(c.layout, c.rows, c.cols, c.tokens, random, c.dtype);
+        const int calls = standin("standin_calls");
+        p.run(RBE_ACCURACY_FAST);
+        EXPECT_EQ(standin("standin_calls") - calls, c.apart ? 1 : 0) << c.layout;
+        expect_rounded(p.got, p.truth, kBfloat16Table, c.layout);
+    }
+    rbe_cuda_use_workspace(1);  // 16 tokens at a time
+    Product p("rbe22_g16+int8", 32, 48, 40, random, RBE_BF16);
+    const OnPath on(RBE_CUDA_TILES);
+    const int calls = standin("standin_calls");
+    p.run(RBE_ACCURACY_FAST);
+    rbe_cuda_use_workspace(0);
+    EXPECT_EQ(standin("standin_calls") - calls, 3);
+    expect_rounded(p.got, p.truth, kBfloat16Table, "pieces");
+}
+
+TEST(CudaLinear, HardwareWithoutFp8AddsTheResidualWhereItDecodes) {
+    std::mt19937 random(14);
+    for (int capability : {80, 86, 89, 90, 120}) {
+        emu::options.capability = capability;
+        Product fp8("rbe8x2_g8+fp8", 32, 48, 2, random, RBE_BF16), int8("rbe8x2_g8+int8", 32, 48, 2, random, RBE_BF16);
+        const int calls = standin("standin_calls");
+        fp8.run(RBE_ACCURACY_FAST);
+        EXPECT_EQ(standin("standin_calls") - calls, capability >= 89) << capability;
+        int8.run(RBE_ACCURACY_FAST);
+        EXPECT_EQ(standin("standin_calls") - calls, 1 + (capability >= 89)) << capability;
+        expect_near(fp8.got, fp8.truth, kBfloat16Table, "fp8");
+        expect_near(int8.got, int8.truth, kBfloat16Table, "int8");
+    }
+    emu::options = {};
+}
+
+TEST(CudaLinear, LowRankIsTwoProductsBesideTheCodes) {
+    std::mt19937 random(15);
+    for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
+        Product p("rbe8x2_g8+lr5", 20, 72, 3, random, dtype, Weight::kPacked);
+        const int calls = standin("standin_calls");
+        p.run();
+        EXPECT_EQ(standin("standin_calls") - calls, 2);  // and the codes by lookup
+        expect_near(p.got, p.truth, room(dtype), "lowrank");
+    }
+}
+
+static __global__ void narrow_to_e4m3(const float *from, int count, uint8_t *to) {
+    const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < count) to[i] = cu_f32_to_e4m3(from[i]);
+}
+
+TEST(CudaLinear, E4m3IsTheNearestTiesToEven) {
+    std::vector<float> values;
+    for (int b = 0; b < 0x7F; ++b) values.push_back(cu_e4m3_to_f32((uint8_t)b));
+    std::vector<float> from = {0.0f, -0.0f, 448.0f, 449.0f, 1e9f, -1e9f, INFINITY};
+    for (size_t i = 0; i + 1 < values.size(); ++i)
+        for (float share : {0.0f, 0.25f, 0.5f, 0.75f}) from.push_back(values[i] + share * (values[i + 1] - values[i]));
+    std::vector<uint8_t> to(from.size());
+    ASSERT_EQ(cu_launch(narrow_to_e4m3, dim3(3), dim3(256), 0, nullptr, from.data(), (int)from.size(), to.data()), 0);
+    for (size_t i = 0; i < from.size(); ++i) {
+        const float size = std::min(std::fabs(from[i]), 448.0f);
+        size_t best = 0;
+        for (size_t j = 1; j < values.size(); ++j) {
+            const float d = std::fabs(values[j] - size), least = std::fabs(values[best] - size);
+            if (d < least || (d == least && j % 2 == 0)) best = j;
+        }
+        ASSERT_EQ(to[i], best | (std::signbit(from[i]) ? 0x80 : 0)) << from[i];
     }
 }
 
