@@ -49,7 +49,7 @@ def fit_basis(weights: Sequence[Tensor], layout: str | Layout, seed: int = 0, ti
         if problem:
             raise ValueError(f"weights[{index}]: {problem}")
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.empty(0, layout.group) if layout.seeded else sample_vectors(weights, layout.group, generator)
+    vectors = torch.empty(0, layout.group, dtype=torch.float32) if layout.seeded else sample_vectors(weights, layout.group, generator)
     return _fit(vectors, layout, generator, tick)
 
 
@@ -60,7 +60,7 @@ def fit_vectors(vectors: Tensor, layout: Layout, generator: torch.Generator, tic
 
 def _fit(vectors: Tensor, layout: Layout, generator: torch.Generator, tick: Tick) -> Tensor:
     if layout.seeded:
-        basis = unit(torch.randn(layout.basis_shape, generator=generator))
+        basis = unit(torch.randn(layout.basis_shape, generator=generator, dtype=torch.float32))
         tick("random vectors")
         return basis.half().float()
     if layout.has_amplitude:
@@ -119,5 +119,5 @@ def sample_some(weight: Tensor, group: int, wanted: int, generator: torch.Genera
 def _shuffled(vectors: Tensor, group: int, generator: torch.Generator) -> Tensor:
     vectors = vectors[vectors.square().sum(1) > 0]
     if len(vectors) == 0:  # every weight is zero: any table will do
-        vectors = torch.randn(BASIS_VECTORS, group, generator=generator)
+        vectors = torch.randn(BASIS_VECTORS, group, generator=generator, dtype=torch.float32)
     return vectors[torch.randperm(len(vectors), generator=generator)]

@@ -161,8 +161,8 @@ def fit_residual(rest: Tensor, layout: Layout, hessian: Tensor | None = None, fa
         if factor is not None:
             vh = torch.linalg.solve_triangular(factor, vh[: layout.rank], upper=True, left=False)
         rank = min(layout.rank, s.numel())
-        left = torch.zeros(m, layout.rank, device=rest.device)
-        right = torch.zeros(layout.rank, n, device=rest.device)
+        left = torch.zeros(m, layout.rank, dtype=torch.float32, device=rest.device)
+        right = torch.zeros(layout.rank, n, dtype=torch.float32, device=rest.device)
         left[:, :rank] = u[:, :rank] * s[:rank].sqrt()
         right[:rank] = vh[:rank] * s[:rank].sqrt()[:, None]
         a_scale, b_scale = left.abs().amax(0) / 127, right.abs().amax(1) / 127
@@ -184,7 +184,7 @@ def _sparse_under(rest: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Te
     together minimise it: H_cc values = (rest H)_c."""
     pull = rest @ hessian
     columns = (pull.square() / hessian.diagonal()).topk(count, dim=1).indices.sort(1).values
-    values = torch.empty(columns.shape, device=rest.device)
+    values = torch.empty(columns.shape, dtype=torch.float32, device=rest.device)
     for rows in torch.arange(len(rest), device=rest.device).split(max(1, _SOLVED // count**2)):
         chosen = columns[rows]
         block = hessian[chosen[:, :, None], chosen[:, None, :]].double()

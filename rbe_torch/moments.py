@@ -29,7 +29,7 @@ class Moments:
     @staticmethod
     def empty(n: int, device: torch.device, judging: bool) -> Moments:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
         return Moments(zeros(), zeros(n), zeros(n), zeros(n, n), zeros(n, n), zeros(n, n) if judging else None)
 
@@ -98,7 +98,7 @@ def problem_of(weight: Tensor, moments: Moments, damping: float, centred: bool) 
     size = float(hessian.diagonal().mean())
     weight = weight.detach().float().cpu()
     if not size > 0:  # nothing reaches the layer
-        eye = torch.eye(len(hessian))
+        eye = torch.eye(len(hessian), dtype=torch.float32)
         return Problem(weight, eye, eye.clone(), weight, x, z, damping)
     while True:
         damped = hessian.clone()

@@ -45,13 +45,13 @@ def _draw(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def _nearest(vectors: Tensor, basis: Tensor) -> Tensor:
     """int64 [N, M]: codes of vectors [N, g] on an additive basis [M, 256, g]."""
     layout = Layout("rbe8", vectors.shape[1], basis.shape[0])
-    ones = torch.ones(len(vectors))
+    ones = torch.ones(len(vectors), dtype=torch.float32)
     words = torch.ops.rbe.encode(vectors, basis, ones, layout=str(layout), in_features=vectors.shape[1])
     return (words[:, 0] >> 10).long()  # idx 17..10 of the interchange word
 
 
 def _sums(vectors: Tensor, index: Tensor) -> Tensor:
-    return torch.zeros(BASIS_VECTORS, vectors.shape[1]).index_add_(0, index, vectors)
+    return torch.zeros(BASIS_VECTORS, vectors.shape[1], dtype=torch.float32).index_add_(0, index, vectors)
 
 
 def _means(vectors: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -176,7 +176,7 @@ def make_room(basis: Tensor, layout: Layout, vectors: Tensor, outliers: Tensor, 
 
 def _left(vectors: Tensor, basis: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """(idx int64 [N, M], squared length [N] of what it leaves) of each vector in a basis whose codes have no scale."""
-    ones, place = torch.ones(len(vectors)), {"layout": str(layout).partition("+")[0], "in_features": vectors.shape[1]}
+    ones, place = torch.ones(len(vectors), dtype=torch.float32), {"layout": str(layout).partition("+")[0], "in_features": vectors.shape[1]}
     words = torch.ops.rbe.encode(vectors, basis, ones, **place)
     rest = vectors - torch.ops.rbe.decode(words, basis, ones, **place)
     return (words[:, 0] >> 10 & 255).long(), rest.square().sum(1)

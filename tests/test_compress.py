@@ -344,3 +344,18 @@ def test_progress_goes_to_stderr(capfd):
     rbe_torch.compress(small_net(), "rbe8_g8", progress=True)
     out, err = capfd.readouterr()
     assert out == "" and "compress to rbe8_g8: done" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rbe8x2_g8", "rbe16s_g8", "rbe22_g16", "rbe8_g8+lr2", "rbe8_g8+sp0.1"])
+def test_torchs_default_dtype_changes_no_encoding(dtype: torch.dtype, layout: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16))
+    other, batches = copy.deepcopy(model), [torch.randn(8, 32) for _ in range(9)]
+    rbe_torch.compress(model, layout, calibration=batches, progress=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        rbe_torch.compress(other, layout, calibration=batches, progress=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(model[2].codes, other[2].codes) and torch.equal(model[2].gain, other[2].gain)
