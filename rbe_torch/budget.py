@@ -78,14 +78,15 @@ def choose(
     mixes = frontier(options)
     # in small models the tables weigh as much as the layers, and one layout for all, with one table, may be the better start
     uniform = [{name: entries[index] for name, entries in options.items()} for index in range(len(layouts))]
-    starts = sorted((mix for mix in mixes if _mix_bytes(mix) <= limit), key=_mix_loss)[:1] + [
-        mix for mix in uniform if _mix_bytes(mix) <= limit
-    ]
-    best = min((fill_up(options, mix, limit) for mix in starts), key=_mix_loss)
-    rows = {_mix_bytes(mix): _row(mix, chosen) for mix in (*mixes, best)}
-    for row in rows.values():
-        row["chosen"] = row["bytes"] == _mix_bytes(best)
-    return Choice({name: option.layout for name, option in best.items()}, [rows[size] for size in sorted(rows)], bases)
+    fitting = [mix for mix in (*mixes, *uniform) if _mix_bytes(mix) <= limit]
+    starts = [min((mix for mix in mixes if mix in fitting), key=_mix_loss, default=fitting[0]), *(mix for mix in uniform if mix in fitting)]
+    filled = [fill_up(options, mix, limit) for mix in starts]
+    best = min((*filled, *fitting), key=lambda mix: (_mix_loss(mix), _mix_bytes(mix)))
+    size = _mix_bytes(best)
+    rows = undominated([_row(mix, chosen) for mix in (best, *mixes, *uniform)])
+    for row in rows:
+        row["chosen"] = row["bytes"] == size
+    return Choice({name: option.layout for name, option in best.items()}, rows, bases)
 
 
 def byte_limit(model: nn.Module, chosen: Sequence[Found], bits: float | None, max_megabytes: float | None) -> float:
@@ -190,6 +191,15 @@ def _row(mix: Mix, chosen: Sequence[Found]) -> dict[str, Any]:
         "loss": sum(option.loss for option in mix.values()),
         "layers": counts,
     }
+
+
+def undominated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By rising bytes, the rows that lose less than every row of as few bytes: a mix of several bases can take more and lose more."""
+    kept: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row["bytes"], row["loss"])):
+        if not kept or row["loss"] < kept[-1]["loss"]:
+            kept.append(row)
+    return kept
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------------------

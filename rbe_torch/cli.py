@@ -93,8 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
                     "rbe eval out/minilm --dense minilm --data stsb/")
     entry.add_argument("path", metavar="PATH", help="a model directory")
     entry.add_argument("--dense", metavar="MODEL", help="the model as it was: score it too, and print the mean cosine to its embeddings")
-    entry.add_argument("--data", metavar="FILE|DIR", help="encoders: lines of score<TAB>sentence<TAB>sentence, or a directory with STS-B, default the project's "
-                                                          "pairs; language models: a text file, whose perplexity is measured")
+    entry.add_argument("--data", metavar="FILE|DIR", help="encoders: lines of score<TAB>sentence<TAB>sentence, or a directory with STS-B (and SST-2 in sst2/, "
+                                                          "probed too), default the project's pairs; language models: a text file, whose perplexity is measured")
     entry.add_argument("--layers", action="store_true", help="also what every compressed layer's output has of the dense one's; needs --dense")
     json_option(entry)
 

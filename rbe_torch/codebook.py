@@ -23,6 +23,7 @@ from .layout import BASIS_VECTORS, Layout
 from .outliers import loudest, parted, row_size
 from .trainers import ADDITIVE_ROUNDS, SAMPLE_VECTORS, Tick, fit_additive, fit_lines, fit_magnitudes, make_room, unit
 
+SMALLEST = 2.0**-18  # of a weight's largest magnitude: 64 times the least fp16 gain
 SAMPLE_NUMBERS = 1 << 23  # N * g at most
 _LOUD = 64  # vectors with outliers that a weight adds to its sample: that many, or one for each so many of the sample
 
@@ -84,6 +85,8 @@ def cannot_encode(weight: Tensor) -> str:
     largest = float(weight.abs().max())
     if largest > 65504:
         return f"has a value of magnitude {largest:.3g}, must be at most 65504, the largest that an fp16 gain can hold"
+    if 0 < largest < SMALLEST:
+        return f"has no value of a magnitude above {largest:.3g}, must have one of {SMALLEST:.2g} at least (an fp16 gain is 6e-8 or more), or be zero"
     return ""
 
 

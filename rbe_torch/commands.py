@@ -166,12 +166,31 @@ def _score_pairs(models: list[tuple[Path, Any]], tokenizer: Any, options: argpar
         cosine = (embeddings[0] * embeddings[1]).sum(1)
         rows[0] |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
         rows[1] |= {"cosine_mean": 1.0, "cosine_min": 1.0}
+    probed = _probe_classes(models, tokenizer, options, rows)
     if not options.json:
-        header = ("model", "MB", "Spearman") + (("cosine to dense, mean", "min") if len(rows) > 1 else ())
-        _print_table(header, [(row["model"], f"{row['file_bytes'] / 1e6:.2f}", f"{row['spearman']:.4f}",
-                               *(f"{row[key]:.4f}" for key in ("cosine_mean", "cosine_min") if key in row)) for row in rows])
-        print(f"{len(pairs)} pairs of {pairs.name}")
+        columns = [("spearman", "Spearman"), ("cosine_mean", "cosine to dense, mean"), ("cosine_min", "min"), ("sst2", "SST-2")]
+        columns = [(key, title) for key, title in columns if key in rows[0]]
+        _print_table(("model", "MB", *(title for _, title in columns)),
+                     [(row["model"], f"{row['file_bytes'] / 1e6:.2f}", *(f"{row[key]:.4f}" for key, _ in columns)) for row in rows])
+        print(f"{len(pairs)} pairs of {pairs.name}" + probed)
     return {"data": pairs.name, "pairs": len(pairs), "models": rows}, sentence_batches(tokenizer, pairs.sentences[:256])
+
+
+def _probe_classes(models: list[tuple[Path, Any]], tokenizer: Any, options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
+    """Adds `sst2` to the rows where --data has SST-2: accuracy on dev of a linear probe fitted to the last model's embeddings of training sentences."""
+    from .evaluate import embed, fit_probe, probe_accuracy, read_sst2
+    from .models import base_model
+
+    parts = read_sst2(options.data)
+    if parts is None:
+        return ""
+    train, dev = parts
+    texts, labels = train.texts[-_PROBE_SENTENCES:], train.labels[-_PROBE_SENTENCES:]
+    encoders = [base_model(model) for _, model in models]
+    probe = fit_probe(embed(encoders[-1], tokenizer, texts, not options.quiet, "encode SST-2, train"), labels)
+    for row, encoder in zip(rows, encoders, strict=True):
+        row["sst2"] = probe_accuracy(probe, embed(encoder, tokenizer, dev.texts, not options.quiet, "encode SST-2, dev"), dev.labels)
+    return f"; SST-2: accuracy on {len(dev.texts)} dev sentences of a linear probe fitted to {'dense' if len(models) > 1 else 'its'} embeddings of {len(texts)}"
 
 
 def _score_text(models: list[tuple[Path, Any]], tokenizer: Any, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -345,6 +364,7 @@ def run_train_hbbert(options: argparse.Namespace) -> None:
     print(f"{facts['out']}: model, tokenizer and the rule that accepts a pair (hierarchy.json)")
 
 
+_PROBE_SENTENCES = 2000
 _WEIGHT_TENSORS = ("packed", "gain", "residual", "residual_scale", "residual_right", "residual_right_scale")
 
 

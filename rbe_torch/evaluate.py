@@ -1,5 +1,5 @@
-"""How well a model does: Spearman's rank correlation of a sentence encoder with scores of sentence pairs, perplexity of a language model, and what the
-outputs of every layer have of those of another model.
+"""How well a model does: Spearman's rank correlation of a sentence encoder with scores of sentence pairs, accuracy of a linear probe of its embeddings on
+sentences of two classes, perplexity of a language model, and what the outputs of every layer have of those of another model.
 
 Sentence embeddings: mean of the last hidden states over the attention mask, divided by their length.
 """
@@ -74,6 +74,49 @@ def read_pairs(path: str | Path | None = None) -> Pairs:
     if len(scores) < 2:
         raise ValueError(f"data: {file} holds {len(scores)} pairs, must hold at least 2")
     return Pairs(file.name, first, second, scores)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Sentences of two classes, labels 0 and 1."""
+
+    texts: list[str]
+    labels: Tensor
+
+
+def read_sst2(directory: str | Path | None) -> tuple[Sentences, Sentences] | None:
+    """(train, dev) of DIR/sst2/train.tsv and dev.tsv: a header, then `label<TAB>sentence` lines. None where the directory has no such pair of files.
+    ValueError names a line that is none."""
+    files = [Path(directory) / "sst2" / name for name in ("train.tsv", "dev.tsv")] if directory is not None else []
+    if not files or not all(file.is_file() for file in files):
+        return None
+    return _read_classes(files[0]), _read_classes(files[1])
+
+
+def _read_classes(file: Path) -> Sentences:
+    texts, labels = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[1:], 2):
+        label, _, sentence = line.partition("\t")
+        if label not in ("0", "1") or not sentence.strip():
+            raise ValueError(f"data: {file} line {number} is not 0<TAB>sentence or 1<TAB>sentence: {line[:60]!r}")
+        texts.append(sentence)
+        labels.append(int(label))
+    if not texts:
+        raise ValueError(f"data: {file} holds no sentence")
+    return Sentences(texts, torch.tensor(labels))
+
+
+def fit_probe(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Ridge regression of labels 0 and 1 on embeddings [N, d] and a constant: float64 [d + 1]."""
+    x = torch.cat([embeddings.double(), torch.ones(len(embeddings), 1, dtype=torch.float64)], 1)
+    ridge = 1e-3 * len(x) / x.shape[1] * torch.eye(x.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(x.t() @ x + ridge, x.t() @ (2.0 * labels.double() - 1))
+
+
+def probe_accuracy(probe: Tensor, embeddings: Tensor, labels: Tensor) -> float:
+    """Share of the sentences whose class the probe tells from their embeddings."""
+    guess = embeddings.double() @ probe[:-1] + probe[-1] > 0
+    return float((guess.long() == labels).double().mean())
 
 
 @torch.inference_mode()

@@ -515,6 +515,11 @@ def test_impossible_budgets_are_refused_by_name(options, name):
     assert [id(module) for module in model.modules()] == before
 
 
+def test_the_frontier_shows_no_mix_that_takes_more_and_loses_more():
+    rows = [{"bytes": size, "loss": loss} for size, loss in ((9, 1.0), (4, 7.0), (5, 9.0), (7, 7.0), (8, 3.0))]
+    assert [row["bytes"] for row in budget.undominated(rows)] == [4, 8, 9]
+
+
 def test_the_frontier_is_the_hull_of_all_mixes():
     """Three layers with made-up losses: at every price no mix of all 27 beats the frontier."""
     layouts = [Layout.parse(text) for text in ("rbe8_g8", "rbe8x2_g8", "rbe8x3_g8")]

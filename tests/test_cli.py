@@ -232,6 +232,19 @@ def test_eval_prints_both_models(dense, compressed, pairs, capsys):
     assert status == 0 and str(compressed) in out and str(dense) in out
 
 
+def test_eval_probes_the_classes_of_sst2_where_the_directory_has_it(dense, compressed, pairs, tmp_path, capsys):
+    data = tmp_path / "data"
+    (data / "sst2").mkdir(parents=True)
+    (data / "dev.tsv").write_text(pairs.read_text())
+    lines = [f"{label}\t{text}" for label, text in ((1, "music is loud"), (0, "a boat"), (1, "loud music"), (0, "a red boat"))]
+    for part in ("train", "dev"):
+        (data / "sst2" / f"{part}.tsv").write_text("\n".join(["label\tsentence", *lines]) + "\n")
+    facts = json_of(capsys, "eval", compressed, "--dense", dense, "--data", data)
+    assert facts["models"][1]["sst2"] == 1.0 and 0 <= facts["models"][0]["sst2"] <= 1  # the dense model's own sentences, separable
+    (data / "sst2" / "dev.tsv").write_text("label\tsentence\n2\tthree classes\n")
+    assert "dev.tsv line 2 is not 0<TAB>sentence" in run(capsys, "eval", dense, "--data", data)[2]
+
+
 @pytest.mark.parametrize(("a", "b"), [([1, 2, 3, 4], [1, 3, 2, 4]), ([1, 1, 2, 3, 3, 3], [5, 4, 4, 1, 2, 2]), ([0.5, -1, 7], [1, 2, 0])])
 def test_rank_correlation_with_ties(a, b):
     stats = pytest.importorskip("scipy.stats")

@@ -359,3 +359,12 @@ def test_torchs_default_dtype_changes_no_encoding(dtype: torch.dtype, layout: st
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(model[2].codes, other[2].codes) and torch.equal(model[2].gain, other[2].gain)
+
+
+def test_a_weight_too_small_for_an_fp16_gain_is_refused() -> None:
+    linear = nn.Linear(30, 64)
+    linear.weight.data *= 1e-10
+    with pytest.raises(ValueError, match="weight: has no value of a magnitude above 1.*must have one of 3.8e-06"):
+        RBELinear.from_linear(linear)
+    linear.weight.data.zero_()
+    assert float(RBELinear.from_linear(linear).weight.abs().max()) < 1e-6
