@@ -2,6 +2,8 @@
 
     python benchmarks/quality.py --data DIR                       every row (an hour or more on one core)
     python benchmarks/quality.py --data DIR --only "x2_g8|GPTQ"   rows whose name contains this or that, in this order
+    python benchmarks/quality.py --data DIR --samples 128 --out other            calibrated on fewer sentences
+    python benchmarks/quality.py --data DIR --pairs FILE --out other             calibrated on the sentences of a file of pairs
 
 A row that OUT/quality.json has already is kept, so that a table can be made in pieces.
 
@@ -48,7 +50,7 @@ OURS = ("rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe8x3_g8", "rbe8x4_g8")
 class Task:
     """Sentences, the dense model, its embeddings and the probe."""
 
-    def __init__(self, data: Path, model: str) -> None:
+    def __init__(self, data: Path, model: str, samples: int, pairs: Path | None) -> None:
         self.source = models.model_directory(model)
         self.tokenizer = models.load_tokenizer(self.source)
         stsb = [line.split("\t") for line in (data / "stsb/sts-train.csv").read_text(encoding="utf-8").splitlines()]
@@ -56,7 +58,7 @@ class Task:
         train = [cells[column] for cells in stsb for column in (5, 6)] + sst2.texts[:20000]
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         self.train = [train[i] for i in order]
-        self.calibration = text.sentence_batches(self.tokenizer, self.train[:SAMPLES])
+        self.calibration = text.sentence_batches(self.tokenizer, self.train[:samples] if pairs is None else evaluate.read_pairs(pairs).sentences)
         self.pairs = evaluate.read_pairs(data)
         dense = models.load_dense(self.source)
         self.dense = evaluate.embed(dense, self.tokenizer, self.pairs.sentences)
@@ -182,6 +184,8 @@ def main() -> int:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with stsb/ and sst2/")
     parser.add_argument("--model", default="minilm")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"sentences to calibrate on, default {SAMPLES}")
+    parser.add_argument("--pairs", type=Path, help="calibrate on the sentences of this file of pairs instead")
     parser.add_argument("--tune", type=float, default=10.0, help="minutes of fine-tuning for each layout, default 10")
     parser.add_argument("--again", action="store_true", help="measure rows that the JSON has already")
     arguments = parser.parse_args()
@@ -191,11 +195,11 @@ def main() -> int:
     file = arguments.out / "quality.json"
     facts = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     machine = harness.Machine(harness.cpu_name(), rbe_torch._ops.isa(), torch.get_num_threads(), torch.__version__)
-    task = Task(arguments.data, arguments.model)
+    task = Task(arguments.data, arguments.model, arguments.samples, arguments.pairs)
 
     def keep(name: str, row: dict[str, Any]) -> None:
         facts["rows"][name] = row
-        facts.update(machine=asdict(machine), sentences=len(task.pairs.sentences), samples=SAMPLES)
+        facts.update(machine=asdict(machine), sentences=len(task.pairs.sentences), samples=arguments.samples)
         file.write_text(json.dumps(facts, indent=1) + "\n")
         print(f"{name}: {row}", flush=True)
 
