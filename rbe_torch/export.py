@@ -6,13 +6,13 @@ transformers nor the model's Python code. Number of sequences and, for text, the
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .checkpoint import replace_file
 
 _TOLERANCE = 1e-4  # of the largest output: the program against the model; torch.export may choose another attention kernel
 
@@ -58,14 +58,12 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
 
 def write_program(program: torch.export.ExportedProgram, file: Path) -> None:
     """Writes FILE whole or not at all."""
-    handle, name = tempfile.mkstemp(suffix=".pt2", prefix=f".{file.stem}.", dir=file.parent)
-    os.close(handle)
-    try:
-        torch.export.save(program, name)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as handle:
+            torch.export.save(program, handle)
+
+    replace_file(file, write)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -7,22 +7,6 @@
 
 enum { STEPS = 1, BUFFER = STEPS * 4 * 3 * TILE };
 
-// Four o, packed tokens, one digit of W.
-static inline void add_four(int64_t steps, const int8_t *x, const int8_t *w) {
-    const int64_t part = steps * TILE;
-    for (int64_t step = 0; step < steps; ++step, x += TILE, w += TILE) {
-        _tile_loadd(4, x, 64);
-        _tile_loadd(5, w, 64);
-        _tile_dpbssd(0, 4, 5);
-        _tile_loadd(6, w + part, 64);
-        _tile_dpbssd(1, 4, 6);
-        _tile_loadd(7, w + 2 * part, 64);
-        _tile_dpbssd(2, 4, 7);
-        _tile_loadd(5, w + 3 * part, 64);
-        _tile_dpbssd(3, 4, 5);
-    }
-}
-
 // Two o, packed tokens, two or three digits of W: tiles 0, 1, 2 and 3, 4, 5.
 static inline void add_packed(int64_t steps, const int8_t *x, const int8_t *w, int digits) {
     const int64_t part = steps * digits * TILE;

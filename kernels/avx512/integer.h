@@ -62,6 +62,22 @@ static inline void put_packed_more(const rbe_digits *d, const sums *s, const flo
         put_packed(d, 3, 3, s, unit, y, first);
 }
 
+// Four o, packed tokens, one digit of W.
+static inline void add_four(int64_t steps, const int8_t *x, const int8_t *w) {
+    const int64_t part = steps * TILE;
+    for (int64_t step = 0; step < steps; ++step, x += TILE, w += TILE) {
+        _tile_loadd(4, x, 64);
+        _tile_loadd(5, w, 64);
+        _tile_dpbssd(0, 4, 5);
+        _tile_loadd(6, w + part, 64);
+        _tile_dpbssd(1, 4, 6);
+        _tile_loadd(7, w + 2 * part, 64);
+        _tile_dpbssd(2, 4, 7);
+        _tile_loadd(5, w + 3 * part, 64);
+        _tile_dpbssd(3, 4, 5);
+    }
+}
+
 // x of two digits, W of `digits`, two o. Tiles 0, 1: sums of first products; 2, 3: of mixed ones; 4, 5: x; 6, 7: W.
 static inline __attribute__((always_inline)) void add_two(const int digits, int64_t steps, const int8_t *x, const int8_t *w) {
     const int64_t part = steps * digits * TILE;

@@ -15,20 +15,9 @@
 #include "integer.h"
 
 static void packed_one(const rbe_digits *d, int64_t steps, const int8_t *x, const int8_t *w, const float *unit, float *y, bool first) {
-    const int64_t part = steps * TILE;
     sums s;
     ZERO4();
-    for (int64_t step = 0; step < steps; ++step, x += TILE, w += TILE) {
-        _tile_loadd(4, x, 64);
-        _tile_loadd(5, w, 64);
-        _tile_dpbssd(0, 4, 5);
-        _tile_loadd(6, w + part, 64);
-        _tile_dpbssd(1, 4, 6);
-        _tile_loadd(7, w + 2 * part, 64);
-        _tile_dpbssd(2, 4, 7);
-        _tile_loadd(5, w + 3 * part, 64);
-        _tile_dpbssd(3, 4, 5);
-    }
+    add_four(steps, x, w);
     _tile_stored(0, s.of[0], 64);
     put_packed(d, 1, 2, &s, unit, y, first);
     _tile_stored(1, s.of[0], 64);
