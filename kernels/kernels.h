@@ -20,6 +20,7 @@ extern "C" {
 enum {
     RBE_PLACES_AHEAD = 8,
     RBE_LANES = 64,  // rows of interleaved codes that stand side by side
+    RBE_SCORE_LANES = 16,
     RBE_DIGIT_STAGES = 16,
     RBE_HALF_CODES = 16,  // codes whose sum is a short one in float16
     RBE_HALF_SUM = 256,   // codes that are summed in float16 at all
@@ -82,6 +83,14 @@ typedef struct rbe_kernels {
     // C[r, c] (+)= sum over e of A[r*a_row + e*a_col] B[e*b_row + c],  r < rows, e < depth, c < cols.
     void (*gemm)(int64_t rows, int64_t depth, int64_t cols, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
                  float *c, int64_t c_row, bool accumulate);
+
+    // score[r, j] = <v_r, b_j> - half[j], or |<v_r, b_j> inverse[j]| if half is NULL, for r < rows and all 256 vectors b_j of basis
+    // [depth][256]; v_r[e] at v[r*v_row + e]. most[r, l], l < RBE_SCORE_LANES: the largest of the scores j = l, l + 16, ...
+    void (*scores)(int64_t rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
+                   float *score, float *most);
+
+    // The j, in rising order, with score[j] >= limit, j < 256; returns how many.
+    int64_t (*at_least)(const float *score, float limit, int32_t *at);
 
     // y[i, 0..W) = (y[i] if not first) + sum over q < count of scale[i,q] P[q, idx[i,q], 0..W), then * gain[i] + bias[i] if gain is given.
     // idx and scale rows are code_row apart; P is [count][256][W]; scale NULL means 1; bias may be NULL. W is width or 2 * width.
@@ -206,6 +215,8 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     void rbe_transpose__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                          \
     void rbe_transpose_stream__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                   \
     void rbe_gemm__##isa(int64_t, int64_t, int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, bool);        \
+    void rbe_scores__##isa(int64_t, int64_t, const float *, int64_t, const float *, const float *, const float *, float *, float *);          \
+    int64_t rbe_at_least__##isa(const float *, float, int32_t *);                                                                            \
     void rbe_table_rows__##isa(int64_t, int64_t, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, bool,             \
                                const float *, const float *);                                                                                \
     void rbe_table_token__##isa(int64_t, int64_t, int64_t, int64_t, const float *, const float *, float *);                                  \
