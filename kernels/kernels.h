@@ -85,9 +85,12 @@ typedef struct rbe_kernels {
                  float *c, int64_t c_row, bool accumulate);
 
     // score[r, j] = <v_r, b_j> - half[j], or |<v_r, b_j> inverse[j]| if half is NULL, for r < rows and all 256 vectors b_j of basis
-    // [depth][256]; v_r[e] at v[r*v_row + e]. most[r, l], l < RBE_SCORE_LANES: the largest of the scores j = l, l + 16, ...
+    // [depth][256]; v_r[e] at v[r*v_row + e]. top[r]: the largest; most[r, l], l < RBE_SCORE_LANES: that of the scores j = l, l + 16, ...
     void (*scores)(int64_t rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
-                   float *score, float *most);
+                   float *score, float *most, float *top);
+
+    // Of base[r] - 2 score[r, j], or base[r] - score[r, j]^2: a number that at least `want` of them do not exceed, and not many more.
+    float (*score_limit)(int64_t rows, const float *base, bool squared, const float *most, int want);
 
     // The j, in rising order, with score[j] >= limit, j < 256; returns how many.
     int64_t (*at_least)(const float *score, float limit, int32_t *at);
@@ -215,7 +218,8 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     void rbe_transpose__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                          \
     void rbe_transpose_stream__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                   \
     void rbe_gemm__##isa(int64_t, int64_t, int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, bool);        \
-    void rbe_scores__##isa(int64_t, int64_t, const float *, int64_t, const float *, const float *, const float *, float *, float *);          \
+    void rbe_scores__##isa(int64_t, int64_t, const float *, int64_t, const float *, const float *, const float *, float *, float *, float *); \
+    float rbe_score_limit__##isa(int64_t, const float *, bool, const float *, int);                                                          \
     int64_t rbe_at_least__##isa(const float *, float, int32_t *);                                                                            \
     void rbe_table_rows__##isa(int64_t, int64_t, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, bool,             \
                                const float *, const float *);                                                                                \

@@ -63,18 +63,12 @@ static uint32_t best_of(const rbe_encoder *s, int64_t count, const int32_t *at, 
     return best;
 }
 
-static double largest_of(const float *most) {
-    float largest = most[0];
-    for (int l = 1; l < RBE_SCORE_LANES; ++l) largest = most[l] > largest ? most[l] : largest;
-    return largest;
-}
-
 void rbe_encode_stage(const rbe_encoder *s, int64_t rows, int64_t depth, const double *v, const rbe_squares *squares, const int *only,
                       float *buffer, int32_t *const *words) {
     const rbe_field field = s->w->layout.field;
     const bool scaled = rbe_field_has_scale(field);
     const int64_t g = s->w->layout.group;
-    float score[RBE_ENCODE_ROWS * RBE_BASIS_VECTORS], most[RBE_ENCODE_ROWS * RBE_SCORE_LANES];
+    float score[RBE_ENCODE_ROWS * RBE_BASIS_VECTORS], most[RBE_ENCODE_ROWS * RBE_SCORE_LANES], top[RBE_ENCODE_ROWS];
     int32_t at[RBE_BASIS_VECTORS];
     double least;
     if (rbe_field_seeded(field)) {
@@ -86,9 +80,9 @@ void rbe_encode_stage(const rbe_encoder *s, int64_t rows, int64_t depth, const d
     }
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t e = 0; e < depth; ++e) buffer[r * g + e] = (float)(field == RBE_FIELD_RBE16S ? fabs(v[r * g + e]) : v[r * g + e]);
-    s->kernels->scores(rows, depth, buffer, g, s->columns32, scaled ? NULL : squares->guide, scaled ? squares->guide : NULL, score, most);
+    s->kernels->scores(rows, depth, buffer, g, s->columns32, scaled ? NULL : squares->guide, scaled ? squares->guide : NULL, score, most, top);
     for (int64_t r = 0; r < rows; ++r) {
-        const double *target = v + r * g, size = largest_of(most + r * RBE_SCORE_LANES);
+        const double *target = v + r * g, size = top[r];
         double square = 0;
         for (int64_t e = 0; e < depth; ++e) square += target[e] * target[e];
         const double slack = rbe_encoder_slack(depth, square, squares->largest[0]);

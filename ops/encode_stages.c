@@ -46,7 +46,7 @@ static float bound_of(const rbe_encoder *s, int64_t stage, int64_t j, int64_t de
 
 // Scores of all idx of a stage against `count` targets; sizes: room for the targets without signs.
 static void scores_of(const rbe_encoder *s, int64_t stage, int64_t count, int64_t depth, const float *targets, const rbe_squares *squares, float *sizes,
-                      float *score, float *most) {
+                      float *score, float *most, float *top) {
     const int64_t g = s->w->layout.group;
     if (with_signs(s)) {
         for (int64_t i = 0; i < count * g; ++i) sizes[i] = fabsf(targets[i]);
@@ -54,13 +54,13 @@ static void scores_of(const rbe_encoder *s, int64_t stage, int64_t count, int64_
     }
     const float *guide = squares->guide + stage * RBE_BASIS_VECTORS;
     const bool scaled = rbe_field_has_scale(s->w->layout.field);
-    s->kernels->scores(count, depth, targets, g, s->columns32 + stage * g * RBE_BASIS_VECTORS, scaled ? NULL : guide, scaled ? guide : NULL, score, most);
+    s->kernels->scores(count, depth, targets, g, s->columns32 + stage * g * RBE_BASIS_VECTORS, scaled ? NULL : guide, scaled ? guide : NULL, score, most, top);
 }
 
 // The bound that a score stands for.
 static double bound_at(bool scaled, float score) { return scaled ? -(double)score * score : -2.0 * score; }
 
-static double size_of(int64_t depth, const float *v) {
+static inline double size_of(int64_t depth, const float *v) {
     double sum = 0;
     for (int64_t e = 0; e < depth; ++e) sum += (double)v[e] * v[e];
     return sum;
@@ -88,17 +88,6 @@ static int keep_choice(choice *best, int kept, choice tried) {
     return kept;
 }
 
-// The BEAM-th smallest of the lanes: at least so many of the numbers that the lanes are the smallest of are as small.
-HOT static double beam_limit(const double *lane) {
-    int below[RBE_SCORE_LANES] = {0};
-    for (int a = 0; a < RBE_SCORE_LANES; ++a)
-        for (int l = 0; l < RBE_SCORE_LANES; ++l) below[l] += lane[a] < lane[l];
-    double limit = -INFINITY;
-    for (int l = 0; l < RBE_SCORE_LANES; ++l)
-        if (below[l] < RBE_ENCODE_BEAM && lane[l] > limit) limit = lane[l];
-    return limit;
-}
-
 // The BEAM best continuations of a beam by one code.
 static int continue_beam(const rbe_encoder *s, int64_t stage, int64_t depth, const path *beam, int live, const rbe_squares *squares, int only,
                          float *sizes, choice *best) {
@@ -109,26 +98,23 @@ static int continue_beam(const rbe_encoder *s, int64_t stage, int64_t depth, con
             kept = keep_choice(best, kept, (choice){(float)beam[b].error + bound_of(s, stage, only, depth, beam[b].rest, squares), b, only});
         return kept;
     }
-    float score[RBE_ENCODE_BEAM * RBE_BASIS_VECTORS], most[RBE_ENCODE_BEAM * RBE_SCORE_LANES];
-    double lane[RBE_SCORE_LANES], slack = 0;
+    float score[RBE_ENCODE_BEAM * RBE_BASIS_VECTORS], most[RBE_ENCODE_BEAM * RBE_SCORE_LANES], base[RBE_ENCODE_BEAM], top[RBE_ENCODE_BEAM];
     int32_t at[RBE_BASIS_VECTORS];
-    scores_of(s, stage, live, depth, beam[0].rest, squares, sizes, score, most);
-    for (int l = 0; l < RBE_SCORE_LANES; ++l) lane[l] = INFINITY;
+    double largest = 0;
+    scores_of(s, stage, live, depth, beam[0].rest, squares, sizes, score, most, top);
     for (int b = 0; b < live; ++b) {
-        for (int l = 0; l < RBE_SCORE_LANES; ++l) {
-            const double bound = beam[b].error + bound_at(scaled, most[b * RBE_SCORE_LANES + l]);
-            lane[l] = bound < lane[l] ? bound : lane[l];
-        }
-        const double own = rbe_encoder_slack(depth, beam[b].error, squares->largest[stage]);
-        slack = own > slack ? own : slack;
+        base[b] = (float)beam[b].error;
+        largest = beam[b].error > largest ? beam[b].error : largest;
     }
+    const double slack = rbe_encoder_slack(depth, largest, squares->largest[stage]);
+    const double limit = s->kernels->score_limit(live, base, scaled, most, RBE_ENCODE_BEAM) + 2 * slack;
     const bool sees = rbe_encoder_sees(slack);
-    const double limit = beam_limit(lane) + 2 * slack;
     for (int b = 0; b < live; ++b) {
-        const float base = (float)beam[b].error, reach = rbe_encoder_reach(scaled, limit - beam[b].error);
+        const float reach = rbe_encoder_reach(scaled, limit - beam[b].error);
+        if (sees && top[b] < reach) continue;
         const int64_t count = rbe_encoder_candidates(s, sees, score + b * RBE_BASIS_VECTORS, reach, at);
         for (int64_t c = 0; c < count; ++c)
-            kept = keep_choice(best, kept, (choice){base + bound_of(s, stage, at[c], depth, beam[b].rest, squares), b, at[c]});
+            kept = keep_choice(best, kept, (choice){base[b] + bound_of(s, stage, at[c], depth, beam[b].rest, squares), b, at[c]});
     }
     return kept;
 }
@@ -136,12 +122,11 @@ static int continue_beam(const rbe_encoder *s, int64_t stage, int64_t depth, con
 // The idx of a stage that is nearest to `rest`, the first of equal ones.
 static int nearest(const rbe_encoder *s, int64_t stage, int64_t depth, const float *rest, const rbe_squares *squares, float *sizes) {
     const bool scaled = rbe_field_has_scale(s->w->layout.field);
-    float score[RBE_BASIS_VECTORS], most[RBE_SCORE_LANES], least = INFINITY;
+    float score[RBE_BASIS_VECTORS], most[RBE_SCORE_LANES], top, least = INFINITY;
     int32_t at[RBE_BASIS_VECTORS];
-    scores_of(s, stage, 1, depth, rest, squares, sizes, score, most);
-    for (int l = 1; l < RBE_SCORE_LANES; ++l) most[0] = most[l] > most[0] ? most[l] : most[0];
+    scores_of(s, stage, 1, depth, rest, squares, sizes, score, most, &top);
     const double slack = rbe_encoder_slack(depth, size_of(depth, rest), squares->largest[stage]);
-    const float reach = rbe_encoder_reach(scaled, bound_at(scaled, most[0]) + 2 * slack);
+    const float reach = rbe_encoder_reach(scaled, bound_at(scaled, top) + 2 * slack);
     const int64_t count = rbe_encoder_candidates(s, rbe_encoder_sees(slack), score, reach, at);
     if (count == 1) return at[0];
     int nearest = 0;

@@ -2,6 +2,8 @@
 //
 // Targets are broadcast element by element, vectors of the basis lie in lanes, scores stay in registers: 256 * depth multiply-adds a target.
 // Scores of different ISAs differ by rounding: a search decides among what the limit leaves by sums of its own (ops/encode.h).
+#include <math.h>
+
 #include "../kernels.h"
 #include "simd.h"
 
@@ -12,8 +14,8 @@ enum {
 };
 
 V_INLINE void block(const int rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
-                    float *score, float *most) {
-    vf top[ROWS][PARTS];
+                    float *score, float *most, float *top) {
+    vf best[ROWS][PARTS];
     for (int j = 0; j < RBE_BASIS_VECTORS; j += VECTORS * V_WIDTH) {
         vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -40,27 +42,65 @@ V_INLINE void block(const int rows, int64_t depth, const float *v, int64_t v_row
             for (int c = 0; c < VECTORS; ++c) {
                 if (inverse) acc[r][c] = v_abs(v_mul(acc[r][c], v_load(inverse + j + c * V_WIDTH)));
                 v_store(score + r * RBE_BASIS_VECTORS + j + c * V_WIDTH, acc[r][c]);
-                top[r][c % PARTS] = j + c * V_WIDTH < RBE_SCORE_LANES ? acc[r][c] : v_max(acc[r][c], top[r][c % PARTS]);
+                best[r][c % PARTS] = j + c * V_WIDTH < RBE_SCORE_LANES ? acc[r][c] : v_max(acc[r][c], best[r][c % PARTS]);
             }
         }
     }
-    for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < PARTS; ++c) v_store(most + r * RBE_SCORE_LANES + c * V_WIDTH, top[r][c]);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        vf largest = best[r][0];
+        for (int c = 0; c < PARTS; ++c) {
+            v_store(most + r * RBE_SCORE_LANES + c * V_WIDTH, best[r][c]);
+            largest = v_max(largest, best[r][c]);
+        }
+        top[r] = v_largest(largest);
+    }
 }
 
 void RBE_KERNEL(scores)(int64_t rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
-                        float *score, float *most) {
-    for (; rows >= ROWS; rows -= ROWS, v += ROWS * v_row, score += ROWS * RBE_BASIS_VECTORS, most += ROWS * RBE_SCORE_LANES) {
-        if (half) block(ROWS, depth, v, v_row, basis, half, NULL, score, most);
-        else block(ROWS, depth, v, v_row, basis, NULL, inverse, score, most);
+                        float *score, float *most, float *top) {
+    for (; rows >= ROWS; rows -= ROWS, v += ROWS * v_row, score += ROWS * RBE_BASIS_VECTORS, most += ROWS * RBE_SCORE_LANES, top += ROWS) {
+        if (half) block(ROWS, depth, v, v_row, basis, half, NULL, score, most, top);
+        else block(ROWS, depth, v, v_row, basis, NULL, inverse, score, most, top);
     }
-    for (; rows > 0; --rows, v += v_row, score += RBE_BASIS_VECTORS, most += RBE_SCORE_LANES) block(1, depth, v, v_row, basis, half, inverse, score, most);
+    for (; rows > 0; --rows, v += v_row, score += RBE_BASIS_VECTORS, most += RBE_SCORE_LANES, ++top)
+        block(1, depth, v, v_row, basis, half, inverse, score, most, top);
+}
+
+// Sorting by counting: a lane is among the `want` smallest if fewer than that are below it.
+float RBE_KERNEL(score_limit)(int64_t rows, const float *base, bool squared, const float *most, int want) {
+    vf lane[PARTS], below[PARTS], limit = v_set1(-INFINITY);
+    for (int c = 0; c < PARTS; ++c) {
+        lane[c] = v_set1(INFINITY);
+        below[c] = v_zero();
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int c = 0; c < PARTS; ++c) {
+            const vf score = v_load(most + r * RBE_SCORE_LANES + c * V_WIDTH);
+            lane[c] = v_min(v_sub(v_set1(base[r]), v_mul(squared ? score : v_set1(2.0f), score)), lane[c]);
+        }
+    }
+    float each[RBE_SCORE_LANES];
+    for (int c = 0; c < PARTS; ++c) v_store(each + c * V_WIDTH, lane[c]);
+    for (int l = 0; l < RBE_SCORE_LANES; ++l)
+        for (int c = 0; c < PARTS; ++c) below[c] = v_add(below[c], v_of_bits(vi_and(v_lt(v_set1(each[l]), lane[c]), v_bits(v_set1(1.0f)))));
+    for (int c = 0; c < PARTS; ++c) {
+        const vi taken = v_lt(below[c], v_set1((float)want));
+        const vi kept = vi_or(vi_and(taken, v_bits(lane[c])), vi_and(vi_xor(taken, vi_set1(-1)), v_bits(v_set1(-INFINITY))));
+        limit = v_max(v_of_bits(kept), limit);
+    }
+    return v_largest(limit);
 }
 
 int64_t RBE_KERNEL(at_least)(const float *score, float limit, int32_t *at) {
+    enum { STRETCH = V_WIDTH == 1 ? 16 : 64 };
     const vf least = v_set1(limit);
     int64_t found = 0;
-    for (int j = 0; j < RBE_BASIS_VECTORS; j += V_WIDTH)
-        for (uint32_t bits = v_ge_bits(v_load(score + j), least); bits; bits &= bits - 1) at[found++] = j + __builtin_ctz(bits);
+    for (int j = 0; j < RBE_BASIS_VECTORS; j += STRETCH) {
+        uint64_t bits = 0;
+#pragma GCC unroll 16
+        for (int c = 0; c < STRETCH; c += V_WIDTH) bits |= (uint64_t)v_ge_bits(v_load(score + j + c), least) << c;
+        for (; bits; bits &= bits - 1) at[found++] = j + __builtin_ctzll(bits);
+    }
     return found;
 }

@@ -42,6 +42,11 @@ V_INLINE vi v_to_int(vf x) { return _mm256_cvttps_epi32(x); }  // truncates
 V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 V_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }  // b where either is NaN
 V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+V_INLINE float v_largest(vf x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 V_INLINE vi v_bits(vf x) { return _mm256_castps_si256(x); }
 V_INLINE vf v_of_bits(vi x) { return _mm256_castsi256_ps(x); }
 

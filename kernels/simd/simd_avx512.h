@@ -36,6 +36,7 @@ V_INLINE vi v_to_int(vf x) { return _mm512_cvttps_epi32(x); }  // truncates
 V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
 V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+V_INLINE float v_largest(vf x) { return _mm512_reduce_max_ps(x); }
 V_INLINE vi v_bits(vf x) { return _mm512_castps_si512(x); }
 V_INLINE vf v_of_bits(vi x) { return _mm512_castsi512_ps(x); }
 

@@ -45,6 +45,7 @@ V_INLINE vi v_to_int(vf x) { return vcvtq_s32_f32(x); }  // truncates
 V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
 V_INLINE vf v_min(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }  // b where either is NaN
 V_INLINE vf v_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // b where either is NaN
+V_INLINE float v_largest(vf x) { return vmaxvq_f32(x); }
 V_INLINE vi v_bits(vf x) { return vreinterpretq_s32_f32(x); }
 V_INLINE vf v_of_bits(vi x) { return vreinterpretq_f32_s32(x); }
 

@@ -38,6 +38,7 @@ V_INLINE vi v_to_int(vf x) { return x == x ? (int32_t)x : INT32_MIN; }  // trunc
 V_INLINE vf v_abs(vf x) { return __builtin_fabsf(x); }
 V_INLINE vf v_min(vf a, vf b) { return a < b ? a : b; }  // b where either is NaN
 V_INLINE vf v_max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
+V_INLINE float v_largest(vf x) { return x; }
 V_INLINE vi v_bits(vf x) {
     vi bits;
     memcpy(&bits, &x, sizeof bits);
