@@ -95,6 +95,9 @@ typedef struct rbe_kernels {
     // The j, in rising order, with score[j] >= limit, j < 256; returns how many.
     int64_t (*at_least)(const float *score, float limit, int32_t *at);
 
+    // out[r][c] += e[r, i] matrix[i*matrix_row + c] for i = 0, 1, ... < depth, each product and sum rounded; r < rows, c < cols; e [rows, depth].
+    void (*add_rows)(int64_t rows, int64_t depth, const float *e, const float *matrix, int64_t matrix_row, int64_t cols, float *const *out);
+
     // y[i, 0..W) = (y[i] if not first) + sum over q < count of scale[i,q] P[q, idx[i,q], 0..W), then * gain[i] + bias[i] if gain is given.
     // idx and scale rows are code_row apart; P is [count][256][W]; scale NULL means 1; bias may be NULL. W is width or 2 * width.
     void (*table_rows)(int64_t rows, int64_t count, const uint8_t *idx, const float *scale, int64_t code_row, const float *p, int64_t w,
@@ -221,6 +224,7 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     void rbe_scores__##isa(int64_t, int64_t, const float *, int64_t, const float *, const float *, const float *, float *, float *, float *); \
     float rbe_score_limit__##isa(int64_t, const float *, bool, const float *, int);                                                          \
     int64_t rbe_at_least__##isa(const float *, float, int32_t *);                                                                            \
+    void rbe_add_rows__##isa(int64_t, int64_t, const float *, const float *, int64_t, int64_t, float *const *);                              \
     void rbe_table_rows__##isa(int64_t, int64_t, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, bool,             \
                                const float *, const float *);                                                                                \
     void rbe_table_token__##isa(int64_t, int64_t, int64_t, int64_t, const float *, const float *, float *);                                  \

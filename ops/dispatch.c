@@ -14,7 +14,7 @@
      .bf16_to_f32 = rbe_bf16_to_f32__##isa_, .f16_to_f32 = rbe_f16_to_f32__##isa_, .f32_to_bf16 = rbe_f32_to_bf16__##isa_,                   \
      .f32_to_f16 = rbe_f32_to_f16__##isa_, .transpose = rbe_transpose__##isa_, .transpose_stream = rbe_transpose_stream__##isa_, .gemm = rbe_gemm__##isa_,                                     \
      .scores = rbe_scores__##isa_, .score_limit = rbe_score_limit__##isa_, .at_least = rbe_at_least__##isa_,                                                       \
-     .table_rows = rbe_table_rows__##isa_, .table_token = rbe_table_token__##isa_, .table_dot = rbe_table_dot__##isa_,                       \
+     .add_rows = rbe_add_rows__##isa_, .table_rows = rbe_table_rows__##isa_, .table_token = rbe_table_token__##isa_, .table_dot = rbe_table_dot__##isa_,                       \
      .decode_row = rbe_decode_row__##isa_, .dot_rows = rbe_dot_rows__##isa_, .table_backward = rbe_table_backward__##isa_,                   \
      .scatter_row = rbe_scatter_row__##isa_, .add_scaled = rbe_add_scaled__##isa_, .add_scaled_i8 = rbe_add_scaled_i8__##isa_,               \
      .add_lookup = rbe_add_lookup__##isa_}

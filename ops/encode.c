@@ -1,4 +1,6 @@
 // rbe_encode: checks, turns the basis for the searches, and hands every group of every row to the one that its number of stages needs.
+#include <float.h>
+
 #include "dispatch.h"
 #include "encode.h"
 
@@ -17,7 +19,7 @@ void rbe_encode_group(const rbe_encoder *s, int64_t rows, int64_t depth, const d
 }
 
 // v = the weights of a group of row i, over gain, in units of the basis
-static void targets_of(const rbe_encoder *s, int64_t i, int64_t first, int64_t depth, double gain, double *v) {
+HOT static void targets_of(const rbe_encoder *s, int64_t i, int64_t first, int64_t depth, double gain, double *v) {
     const rbe_matrix *d = s->dense;
     const int64_t at = i * d->row_stride + first * d->col_stride;
     if (d->dtype == RBE_F32 && d->col_stride == 1) {
@@ -82,11 +84,21 @@ rbe_status rbe_check_encoding_shape(const rbe_weight *w, const rbe_matrix *dense
     return RBE_OK;
 }
 
+// Whether a row of float32 numbers side by side is finite; false also where it is anything else.
+HOT static bool finite_row(const rbe_matrix *dense, int64_t i) {
+    if (dense->dtype != RBE_F32 || dense->col_stride != 1) return false;
+    const float *row = (const float *)dense->data + i * dense->row_stride;
+    int bad = 0;
+    for (int64_t j = 0; j < dense->cols; ++j) bad |= !(fabsf(row[j]) <= FLT_MAX);
+    return !bad;
+}
+
 rbe_status rbe_check_encoding(const rbe_weight *w, const rbe_matrix *dense, const int32_t *words, rbe_error *err) {
     const rbe_status status = rbe_check_encoding_shape(w, dense, words, err);
     if (status != RBE_OK) return status;
     const rbe_layout *l = &w->layout;
     for (int64_t i = 0; i < w->rows; ++i) {
+        if (finite_row(dense, i)) continue;
         for (int64_t j = 0; j < w->cols; ++j)
             if (!isfinite(rbe_real_at(dense->data, dense->dtype, i * dense->row_stride + j * dense->col_stride)))
                 return rbe_fail(err, RBE_BAD_ARGUMENT, "weight: element [%lld, %lld] is not finite; must be", (long long)i, (long long)j);
@@ -179,7 +191,7 @@ void rbe_encoder_fill(rbe_encoder *s) {
 rbe_status rbe_encode(const rbe_weight *w, const rbe_matrix *dense, int32_t *words, const rbe_parallel *threads, rbe_error *err) {
     rbe_status status = rbe_check_encoding(w, dense, words, err);
     if (status != RBE_OK) return status;
-    rbe_encoder s = {.w = w, .dense = dense, .words = words};
+    rbe_encoder s = {.w = w, .dense = dense, .words = words, .wide = w->real == RBE_F64};
     status = rbe_choose_kernels(&s.kernels, err);
     if (status != RBE_OK) return status;
     const rbe_scratch_mark mark = rbe_scratch_begin();

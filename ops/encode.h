@@ -39,13 +39,15 @@ typedef struct rbe_encoder {
     float *columns32; // the same in float32; |basis| for rbe16s
     float *rows32;    // [M, 256, g], signs kept
     rbe_squares whole, end;  // of a whole group, and of a ragged last one
+    bool wide;    // float32 does not hold the basis
     double unit;  // a power of two that brings the basis near 1, so that squares stay inside float32
     atomic_bool failed;
 } rbe_encoder;
 
 // Element e of basis vector j, in units of s->unit.
 static inline double rbe_encoder_element(const rbe_encoder *s, int64_t stage, int64_t j, int64_t e) {
-    return s->columns[(stage * s->w->layout.group + e) * RBE_BASIS_VECTORS + j];
+    const int64_t g = s->w->layout.group;
+    return s->wide ? s->columns[(stage * g + e) * RBE_BASIS_VECTORS + j] : s->rows32[(stage * RBE_BASIS_VECTORS + j) * g + e];
 }
 
 // The word with the best scale for idx j, dot = <v, b_j>; *error: what it adds to |v|^2.
@@ -70,9 +72,10 @@ static inline double rbe_encoder_slack(int64_t depth, double target, double vect
 static inline bool rbe_encoder_sees(double slack) { return slack > 1e-28 && slack < 1e28; }
 // The score that a bound of at most `limit` needs.
 static inline float rbe_encoder_reach(bool scaled, double limit) { return (float)(scaled ? limit < 0 ? sqrt(-limit) : 0.0 : -0.5 * limit); }
-// The candidates among 256 vectors: those whose score reaches, or all.
+// The candidates among 256 vectors: those whose score reaches, or all; never none.
 static inline int64_t rbe_encoder_candidates(const rbe_encoder *s, bool sees, const float *score, float reach, int32_t *at) {
-    if (sees) return s->kernels->at_least(score, reach, at);
+    const int64_t found = sees ? s->kernels->at_least(score, reach, at) : 0;
+    if (found > 0) return found;
     for (int32_t j = 0; j < RBE_BASIS_VECTORS; ++j) at[j] = j;
     return RBE_BASIS_VECTORS;
 }
@@ -88,7 +91,7 @@ void rbe_encode_stages(const rbe_encoder *s, int64_t depth, const float *v, cons
                        int32_t *words);
 
 // The M codes of a group of rbe16s under a metric (encode_signs.c): least |v - sum of vectors F|^2, F upper triangular [depth, depth].
-// basis: [M, 256, g] of w; v: depth elements, in units of the basis.
-void rbe_encode_signs(const rbe_weight *w, int64_t depth, const double *factor, const double *v, int32_t *words);
+// columns: the basis of w, element-major [M, g, 256]; v: depth elements, in units of the basis.
+void rbe_encode_signs(const rbe_weight *w, int64_t depth, const double *factor, const double *columns, const double *v, int32_t *words);
 
 #endif

@@ -26,17 +26,10 @@ typedef struct worker {
     rbe_encoder encoder;   // of the turned basis
     double *basis;         // as it is, element-major [M, g, 256]
     double *factor, *v;    // of the group at hand: F [depth, depth], target [g]
-    float *buffer, *step;
+    float *buffer, *step;  // step [BLOCK, g]: changes of the errors of a group
+    float *moved[BLOCK];   // rows of `pull` that they concern
     float *error, *pull;   // [BLOCK, n]: E, and c or E H
 } worker;
-
-// out[begin..n) += sum over i of e[i] matrix[i, begin..n)
-HOT static void add_rows(int64_t depth, const float *e, const float *matrix, int64_t n, int64_t begin, float *out) {
-    for (int64_t i = 0; i < depth; ++i) {
-        const float factor = e[i], *row = matrix + i * n;
-        for (int64_t j = begin; j < n; ++j) out[j] += factor * row[j];
-    }
-}
 
 // q = gain * sum of vectors of a group's words
 static void reconstruct(const rbe_weight *w, double gain, const int32_t *words, int64_t depth, double *q) {
@@ -104,7 +97,7 @@ static void search(worker *t, int64_t i, int64_t k, int64_t depth, double gain, 
     }
     if (w->layout.field == RBE_FIELD_RBE16S) {
         for (int64_t e = 0; e < depth; ++e) t->v[e] /= gain;
-        rbe_encode_signs(w, depth, t->factor, t->v, words);
+        rbe_encode_signs(w, depth, t->factor, t->basis, t->v, words);
         return;
     }
     for (int64_t e = 0; e < depth; ++e) t->v[e] = t->v[e] / gain * t->encoder.unit;
@@ -134,9 +127,10 @@ static void feed_back(worker *t, int64_t begin, int64_t rows) {
             search(t, row, k, depth, gain, words);
             reconstruct(w, gain, words, depth, q);
             float *error = t->error + r * n + first;
-            for (int64_t e = 0; e < depth; ++e) error[e] = (float)(weight_at(t->j, row, first + e) - q[e]);
-            add_rows(depth, error, V + first * n, n, first + depth, t->pull + r * n);
+            for (int64_t e = 0; e < depth; ++e) t->step[r * depth + e] = error[e] = (float)(weight_at(t->j, row, first + e) - q[e]);
+            t->moved[r] = t->pull + r * n + first + depth;
         }
+        t->j->kernels->add_rows(rows, depth, t->step, V + first * n + first + depth, n, n - first - depth, t->moved);
     }
 }
 
@@ -160,6 +154,7 @@ static bool sweep(worker *t, int64_t begin, int64_t rows) {
         const int64_t depth = rbe_min(g, n - first);
         if (!factor_block(H, n, first, depth, t->factor)) return false;
         turn_basis(t, depth);
+        int64_t moved = 0;
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = begin + r;
             const double gain = rbe_real_at(w->gain, w->real, row);
@@ -183,11 +178,12 @@ static bool sweep(worker *t, int64_t begin, int64_t rows) {
             if (!(loss_of(H, n, first, depth, then, l) < loss_of(H, n, first, depth, now, l))) continue;
             for (int64_t s = 0; s < stages; ++s) words[s] = tried[s];
             for (int64_t e = 0; e < depth; ++e) {
-                t->step[e] = (float)(then[e] - error[e]);
+                t->step[moved * depth + e] = (float)(then[e] - error[e]);
                 error[e] = (float)then[e];
             }
-            add_rows(depth, t->step, H + first * n, n, 0, t->pull + r * n);
+            t->moved[moved++] = t->pull + r * n;
         }
+        t->j->kernels->add_rows(moved, depth, t->step, H + first * n, n, n, t->moved);
     }
     return true;
 }
@@ -210,8 +206,9 @@ static void encode_block(worker *t, int64_t begin, int64_t rows) {
     if (t->j->c->sweeps < 1) return;
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < n; ++i) t->pull[r * n + i] = 0;
-        add_rows(n, t->error + r * n, t->j->c->hessian, n, 0, t->pull + r * n);
+        t->moved[r] = t->pull + r * n;
     }
+    t->j->kernels->add_rows(rows, n, t->error, t->j->c->hessian, n, n, t->moved);
     for (int round = 0; round < t->j->c->sweeps; ++round) {
         if (!sweep(t, begin, rows)) {
             atomic_store(&t->j->indefinite, true);
@@ -229,7 +226,7 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     t.basis = rbe_scratch_take((int64_t)w->layout.stages * RBE_BASIS_VECTORS * g, sizeof *t.basis);
     t.factor = rbe_scratch_take(g * g, sizeof *t.factor);
     t.v = rbe_scratch_take(g, sizeof *t.v);
-    t.step = rbe_scratch_take(g, sizeof *t.step);
+    t.step = rbe_scratch_take(block * g, sizeof *t.step);
     t.buffer = rbe_scratch_take(RBE_ENCODE_BUFFER * g, sizeof *t.buffer);
     t.error = rbe_scratch_take(block * n, sizeof *t.error);
     t.pull = rbe_scratch_take(block * n, sizeof *t.pull);

@@ -45,6 +45,7 @@ static uint32_t best_of(const rbe_encoder *s, int64_t count, const int32_t *at, 
     const bool scaled = rbe_field_has_scale(s->w->layout.field);
     double dot[RBE_BASIS_VECTORS], bound[RBE_BASIS_VECTORS], error;
     int64_t first = 0;
+    dot[0] = bound[0] = 0;  // count is at least 1
     for (int64_t c = 0; c < count; ++c) {
         const int32_t j = at[c];
         dot[c] = dot_of(s, j, depth, v);
@@ -63,6 +64,21 @@ static uint32_t best_of(const rbe_encoder *s, int64_t count, const int32_t *at, 
     return best;
 }
 
+// v in float32, without signs if `sizes`. Returns |v|^2, which scales an error bound: summed in any order.
+HOT static double narrow(int64_t depth, const double *v, bool sizes, float *out) {
+    double part[8] = {0};
+    int64_t e = 0;
+    for (; e + 8 <= depth; e += 8)
+        for (int l = 0; l < 8; ++l) part[l] += v[e + l] * v[e + l];
+    for (; e < depth; ++e) part[0] += v[e] * v[e];
+    for (int l = 1; l < 8; ++l) part[0] += part[l];
+    if (sizes)
+        for (e = 0; e < depth; ++e) out[e] = (float)fabs(v[e]);
+    else
+        for (e = 0; e < depth; ++e) out[e] = (float)v[e];
+    return part[0];
+}
+
 void rbe_encode_stage(const rbe_encoder *s, int64_t rows, int64_t depth, const double *v, const rbe_squares *squares, const int *only,
                       float *buffer, int32_t *const *words) {
     const rbe_field field = s->w->layout.field;
@@ -78,14 +94,12 @@ void rbe_encode_stage(const rbe_encoder *s, int64_t rows, int64_t depth, const d
         }
         return;
     }
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t e = 0; e < depth; ++e) buffer[r * g + e] = (float)(field == RBE_FIELD_RBE16S ? fabs(v[r * g + e]) : v[r * g + e]);
+    double square[RBE_ENCODE_ROWS];
+    for (int64_t r = 0; r < rows; ++r) square[r] = narrow(depth, v + r * g, field == RBE_FIELD_RBE16S, buffer + r * g);
     s->kernels->scores(rows, depth, buffer, g, s->columns32, scaled ? NULL : squares->guide, scaled ? squares->guide : NULL, score, most, top);
     for (int64_t r = 0; r < rows; ++r) {
         const double *target = v + r * g, size = top[r];
-        double square = 0;
-        for (int64_t e = 0; e < depth; ++e) square += target[e] * target[e];
-        const double slack = rbe_encoder_slack(depth, square, squares->largest[0]);
+        const double slack = rbe_encoder_slack(depth, square[r], squares->largest[0]);
         const bool sees = rbe_encoder_sees(slack);
         const double limit = (scaled ? -size * size : -2 * size) + 2 * slack;
         const float *scores = score + r * RBE_BASIS_VECTORS;

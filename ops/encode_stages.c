@@ -13,7 +13,7 @@ typedef struct path {
 
 typedef struct choice {
     float bound;
-    int from, idx;
+    int32_t tag;  // path * 256 + idx
 } choice;
 
 static bool with_signs(const rbe_encoder *s) { return s->w->layout.field == RBE_FIELD_RBE16S; }
@@ -79,12 +79,29 @@ static uint32_t fitted(const rbe_encoder *s, int64_t stage, int j, int64_t depth
     return rbe_encoder_word(s, stage, j, depth, v, dot, squares->square32[stage * RBE_BASIS_VECTORS + j], &error);
 }
 
-// Enters an idx among the best so far, which are sorted; of equal ones the first seen comes first.
-static int keep_choice(choice *best, int kept, choice tried) {
-    if (kept == RBE_ENCODE_BEAM && !(tried.bound < best[RBE_ENCODE_BEAM - 1].bound)) return kept;
-    int at = kept < RBE_ENCODE_BEAM ? kept++ : RBE_ENCODE_BEAM - 1;
-    for (; at > 0 && tried.bound < best[at - 1].bound; --at) best[at] = best[at - 1];
-    best[at] = tried;
+// The BEAM best of `count` choices, sorted; of equal ones the first comes first. Returns how many there are.
+HOT static int best_choices(const float *bound, const int32_t *tag, int64_t count, choice *best) {
+    enum { FEW = 16 };
+    int kept = 0;
+    if (count > FEW) {
+        for (int64_t c = 0; c < count; ++c) {
+            if (kept == RBE_ENCODE_BEAM && !(bound[c] < best[RBE_ENCODE_BEAM - 1].bound)) continue;
+            int at = kept < RBE_ENCODE_BEAM ? kept++ : RBE_ENCODE_BEAM - 1;
+            for (; at > 0 && bound[c] < best[at - 1].bound; --at) best[at] = best[at - 1];
+            best[at] = (choice){bound[c], tag[c]};
+        }
+        return kept;
+    }
+    float few[FEW];
+    int32_t place[FEW] = {0};
+    for (int c = 0; c < FEW; ++c) few[c] = c < count ? bound[c] : INFINITY;
+    for (int a = 0; a < FEW; ++a)  // by counting: nothing to predict
+        for (int c = 0; c < FEW; ++c) place[c] += (few[a] < few[c]) | ((few[a] == few[c]) & (a < c));
+    for (int c = 0; c < count; ++c) {
+        if (place[c] >= RBE_ENCODE_BEAM) continue;
+        best[place[c]] = (choice){few[c], tag[c]};
+        ++kept;
+    }
     return kept;
 }
 
@@ -92,14 +109,17 @@ static int keep_choice(choice *best, int kept, choice tried) {
 static int continue_beam(const rbe_encoder *s, int64_t stage, int64_t depth, const path *beam, int live, const rbe_squares *squares, int only,
                          float *sizes, choice *best) {
     const bool scaled = rbe_field_has_scale(s->w->layout.field);
-    int kept = 0;
+    float bound[RBE_ENCODE_BEAM * RBE_BASIS_VECTORS];
+    int32_t tag[RBE_ENCODE_BEAM * RBE_BASIS_VECTORS];
+    int64_t count = 0;
     if (only >= 0) {
-        for (int b = 0; b < live; ++b)
-            kept = keep_choice(best, kept, (choice){(float)beam[b].error + bound_of(s, stage, only, depth, beam[b].rest, squares), b, only});
-        return kept;
+        for (int b = 0; b < live; ++b) {
+            tag[b] = b * RBE_BASIS_VECTORS + only;
+            bound[b] = (float)beam[b].error + bound_of(s, stage, only, depth, beam[b].rest, squares);
+        }
+        return best_choices(bound, tag, live, best);
     }
     float score[RBE_ENCODE_BEAM * RBE_BASIS_VECTORS], most[RBE_ENCODE_BEAM * RBE_SCORE_LANES], base[RBE_ENCODE_BEAM], top[RBE_ENCODE_BEAM];
-    int32_t at[RBE_BASIS_VECTORS];
     double largest = 0;
     scores_of(s, stage, live, depth, beam[0].rest, squares, sizes, score, most, top);
     for (int b = 0; b < live; ++b) {
@@ -112,11 +132,13 @@ static int continue_beam(const rbe_encoder *s, int64_t stage, int64_t depth, con
     for (int b = 0; b < live; ++b) {
         const float reach = rbe_encoder_reach(scaled, limit - beam[b].error);
         if (sees && top[b] < reach) continue;
-        const int64_t count = rbe_encoder_candidates(s, sees, score + b * RBE_BASIS_VECTORS, reach, at);
-        for (int64_t c = 0; c < count; ++c)
-            kept = keep_choice(best, kept, (choice){base[b] + bound_of(s, stage, at[c], depth, beam[b].rest, squares), b, at[c]});
+        const int64_t end = count + rbe_encoder_candidates(s, sees, score + b * RBE_BASIS_VECTORS, reach, tag + count);
+        for (; count < end; ++count) {
+            bound[count] = base[b] + bound_of(s, stage, tag[count], depth, beam[b].rest, squares);
+            tag[count] += b * RBE_BASIS_VECTORS;
+        }
     }
-    return kept;
+    return best_choices(bound, tag, count, best);
 }
 
 // The idx of a stage that is nearest to `rest`, the first of equal ones.
@@ -154,9 +176,9 @@ void rbe_encode_stages(const rbe_encoder *s, int64_t depth, const float *v, cons
         choice best[RBE_ENCODE_BEAM];
         const int kept = continue_beam(s, stage, depth, now, live, squares, only[stage], sizes, best);
         for (int b = 0; b < kept; ++b) {
-            const path *from = &now[best[b].from];
+            const path *from = &now[best[b].tag / RBE_BASIS_VECTORS];
             for (int64_t t = 0; t < stage; ++t) next[b].words[t] = from->words[t];
-            next[b].words[stage] = fitted(s, stage, best[b].idx, depth, from->rest, squares);
+            next[b].words[stage] = fitted(s, stage, best[b].tag % RBE_BASIS_VECTORS, depth, from->rest, squares);
             add_vector(s, stage, next[b].words[stage], depth, -1.0f, from->rest, next[b].rest);
             next[b].error = size_of(depth, next[b].rest);
         }

@@ -9,40 +9,44 @@
 
 enum {
     PARTS = RBE_SCORE_LANES / V_WIDTH,    // vectors that hold the largest scores of a target
-    VECTORS = PARTS > 2 ? PARTS : 2,      // of scores side by side
+    MANY = PARTS > 2 ? PARTS : 2,         // vectors of scores side by side, of many targets
+    ONE = V_WIDTH == 1 ? PARTS : 8,       // and of one target
     ROWS = V_WIDTH == 16 ? 8 : V_WIDTH == 1 ? 1 : 4,
 };
 
-V_INLINE void block(const int rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
+V_INLINE void block(const int rows, const int vectors, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
                     float *score, float *most, float *top) {
     vf best[ROWS][PARTS];
-    for (int j = 0; j < RBE_BASIS_VECTORS; j += VECTORS * V_WIDTH) {
-        vf acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < PARTS; ++c) best[r][c] = v_set1(-INFINITY);
+    for (int j = 0; j < RBE_BASIS_VECTORS; j += vectors * V_WIDTH) {
+        vf acc[ROWS][ONE];
 #pragma GCC unroll 16
-        for (int c = 0; c < VECTORS; ++c) {
+        for (int c = 0; c < vectors; ++c) {
             const vf start = half ? v_sub(v_zero(), v_load(half + j + c * V_WIDTH)) : v_zero();
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) acc[r][c] = start;
         }
         for (int64_t e = 0; e < depth; ++e) {
             const float *line = basis + e * RBE_BASIS_VECTORS + j;
-            vf b[VECTORS];
+            vf b[ONE];
 #pragma GCC unroll 16
-            for (int c = 0; c < VECTORS; ++c) b[c] = v_load(line + c * V_WIDTH);
+            for (int c = 0; c < vectors; ++c) b[c] = v_load(line + c * V_WIDTH);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
                 const vf a = v_set1(v[r * v_row + e]);
 #pragma GCC unroll 16
-                for (int c = 0; c < VECTORS; ++c) acc[r][c] = v_fma(a, b[c], acc[r][c]);
+                for (int c = 0; c < vectors; ++c) acc[r][c] = v_fma(a, b[c], acc[r][c]);
             }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
-            for (int c = 0; c < VECTORS; ++c) {
+            for (int c = 0; c < vectors; ++c) {
                 if (inverse) acc[r][c] = v_abs(v_mul(acc[r][c], v_load(inverse + j + c * V_WIDTH)));
                 v_store(score + r * RBE_BASIS_VECTORS + j + c * V_WIDTH, acc[r][c]);
-                best[r][c % PARTS] = j + c * V_WIDTH < RBE_SCORE_LANES ? acc[r][c] : v_max(acc[r][c], best[r][c % PARTS]);
+                best[r][c % PARTS] = v_max(acc[r][c], best[r][c % PARTS]);
             }
         }
     }
@@ -60,11 +64,11 @@ V_INLINE void block(const int rows, int64_t depth, const float *v, int64_t v_row
 void RBE_KERNEL(scores)(int64_t rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
                         float *score, float *most, float *top) {
     for (; rows >= ROWS; rows -= ROWS, v += ROWS * v_row, score += ROWS * RBE_BASIS_VECTORS, most += ROWS * RBE_SCORE_LANES, top += ROWS) {
-        if (half) block(ROWS, depth, v, v_row, basis, half, NULL, score, most, top);
-        else block(ROWS, depth, v, v_row, basis, NULL, inverse, score, most, top);
+        if (half) block(ROWS, MANY, depth, v, v_row, basis, half, NULL, score, most, top);
+        else block(ROWS, MANY, depth, v, v_row, basis, NULL, inverse, score, most, top);
     }
     for (; rows > 0; --rows, v += v_row, score += RBE_BASIS_VECTORS, most += RBE_SCORE_LANES, ++top)
-        block(1, depth, v, v_row, basis, half, inverse, score, most, top);
+        block(1, ONE, depth, v, v_row, basis, half, inverse, score, most, top);
 }
 
 // Sorting by counting: a lane is among the `want` smallest if fewer than that are below it.
