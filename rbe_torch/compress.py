@@ -19,6 +19,7 @@ from .linear import RBELinear
 from .progress import Progress
 from .replace import Found, Patterns, dense_weight, find_linears, note_for_transformers, replace, stored_bytes
 from .report import Report
+from .state import guard_loading
 
 __all__ = ["compress", "fit_basis"]
 
@@ -131,6 +132,7 @@ def compress(
         note = made.note if error is not None else "weight is all zero"
         report.add_converted(entry.name, layer, type(entry.module).__name__, error, made.seconds, note, made.output_error, made.damping)
     report.other_bytes = stored_bytes(model)
+    guard_loading(model)
     note_for_transformers(model, True)
     report.seconds = time.monotonic() - start
     return report

@@ -16,9 +16,10 @@ from torch import nn
 from .linear import RBELinear
 from .manifest import VERSION
 from .pack import pack_model
+from .problems import RESIDUALS
 from .reader import CONFIG_FILE, Checkpoint
 from .skeleton import check_layer, find_layer
-from .state import RESIDUALS
+from .state import guard_loading
 
 try:
     import transformers
@@ -114,6 +115,7 @@ class RBEQuantizer(HfQuantizer):
             if here is not None and there is not None and here[0]._parameters.get(here[1]) is not None:
                 here[0]._parameters[here[1]] = there[0]._parameters[there[1]]
         self._pending, self._checkpoint = {}, None
+        guard_loading(model)
         return model
 
     def is_serializable(self) -> bool:

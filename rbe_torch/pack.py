@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .linear import RBELinear
 from .manifest import BASIS_PREFIX, LayerEntry, Manifest
+from .problems import RESIDUALS
 from .seeded import basis_seed_of
-from .state import RESIDUALS
 
 
 def pack_model(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:

@@ -157,9 +157,11 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
     only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training.md.
     """
     from .arguments import seed_value
-    from .linear import RBELinear, random_basis
+    from .drawing import random_basis
     from .initial import calculated_gain, keep_variance
+    from .linear import RBELinear
     from .seeded import seeded_basis
+    from .state import guard_loading
     from .train import start_training
 
     layout = Layout.parse(layout)
@@ -192,6 +194,7 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)
     report.other_bytes = stored_bytes(model)
+    guard_loading(model)
     note_for_transformers(model, True)
     return report
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .linear import RBELinear
 from .replace import features, is_conv1d
+from .state import guard_loading
 
 if TYPE_CHECKING:
     from .reader import Checkpoint
@@ -82,6 +83,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise ValueError(f"tensor {empty[0]!r}: is on the meta device and not in the checkpoint; build the model on a real device")
+    guard_loading(model)
     return model
 
 
