@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import calibrate_model
-from .checkpoint import replace_file
-from .codebook import fit_vectors, round_count, sample_some, sample_sizes
+from .checkpoint import GENERATION_FILE, replace_file
+from .codebook import fit_vectors, round_count, sample_sizes, sample_some
 from .encode import encode_layer
 from .layout import Layout
 from .linear import RBELinear
@@ -352,6 +352,9 @@ def _assemble(
     config["dtype"] = str(next(shards.places[there].dtype for there in stored.values())).removeprefix("torch.")
     manifest = Manifest(layers, hashes, aliases, f"{type(model).__module__}.{type(model).__qualname__}", config)
     replace_file(target / WEIGHTS_FILE, lambda path: write_tensors(path, entries, {"format": "pt", **manifest.to_header()}))
+    generation = shards.directory / GENERATION_FILE
+    if generation.is_file():
+        replace_file(target / GENERATION_FILE, lambda path: shutil.copyfile(generation, path))
     text = json.dumps({**config, "quantization_config": manifest.quantization_config()}, indent=2, sort_keys=True) + "\n"
     replace_file(target / CONFIG_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))
     shutil.rmtree(parts)
