@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _ops
 from .arguments import FLOATS, seed_value, size
@@ -146,8 +147,11 @@ class RBELinear(nn.Module):
     @property
     def gain(self) -> Tensor:
         """float32 [m]; exp(log_gain) in training form."""
-        log_gain = self._parameters["log_gain"]
-        return self._parameters["gain"] if log_gain is None else log_gain.exp()
+        if self.log_gain is not None:
+            return self.log_gain.exp()
+        if "gain" not in self._parameters:  # torch.nn.utils.parametrize asks whether it is gone
+            raise AttributeError("gain: is not a parameter of this layer")
+        return self._parameters["gain"]
 
     @property
     def packed(self) -> Tensor:
@@ -227,15 +231,17 @@ class RBELinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
+        if self._modules:  # torch.nn.utils.parametrize moves tensors there, and puts properties in their place
+            parameters = {name: getattr(self, name) for name in ("basis", "gain", "log_gain", "amplitude", "bias")}
         log_gain = parameters["log_gain"]
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
-        run = _ops.linear_inference if plain else _ops.linear
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+        run = _ops.linear if traced else _ops.linear_inference
         amplitude = parameters["amplitude"]
         if amplitude is not None and x.dtype == torch.float64:
             amplitude = amplitude.double()  # the operator wants the dtype of its sums
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # parametrized
-        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(), bias, amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
-                   buffers["residual_right_scale"], accuracy=self._accuracy, **self._options)
+        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(), parameters["bias"], amplitude,
+                   buffers["residual"], buffers["residual_scale"], buffers["residual_right"], buffers["residual_right_scale"],
+                   accuracy=self._accuracy, **self._options)
 
     def commit_amplitude(self) -> None:
         """Writes the amplitudes of a layer in training form into its packed codes. Saving does so by itself."""
@@ -245,7 +251,7 @@ class RBELinear(nn.Module):
     # ---- nn.Module's own machinery ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> RBELinear:
-        bias = self.bias
+        bias = self._parameters.get("bias")  # parametrised ones look after themselves
 
         def keep_format(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
