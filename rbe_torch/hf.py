@@ -18,6 +18,7 @@ from .manifest import VERSION
 from .pack import pack_model
 from .problems import RESIDUALS
 from .reader import CONFIG_FILE, Checkpoint
+from .replace import is_conv1d
 from .skeleton import check_layer, find_layer
 from .state import guard_loading
 
@@ -85,6 +86,7 @@ class RBEQuantizer(HfQuantizer):
                         layer._buffers[key] = None
                 layer._parameters.update(basis=None, gain=None)
                 layer._is_hf_initialized = True
+                layer.stands_for_conv1d = is_conv1d(old)
                 made[true_name] = layer
                 self._pending[place] = (true_name, layer)
             parent = find_layer(model, place.rpartition(".")[0])

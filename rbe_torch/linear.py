@@ -49,6 +49,7 @@ class RBELinear(nn.Module):
     """
 
     _basis_seed: int | None = None
+    stands_for_conv1d: bool = False  # in the model it took the place of transformers' Conv1D, and decompress puts one back
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
@@ -176,10 +177,11 @@ class RBELinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Dense reconstruction [m, n] in the layer's dtype, decoded at each call. Read-only: writing into it does not change the layer."""
+        """Dense reconstruction [m, n] in the layer's dtype, decoded at each call. Read-only: writing into it does not change the layer. In training form
+        it is differentiable: some models (Mamba's dt_proj) multiply with it instead of calling the layer."""
         if self.packed is None:  # while rbe_torch.hf loads a model
             return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.training_form and torch.is_grad_enabled()):
             return torch.ops.rbe.decode(self.packed, self.basis, self.gain, self.amplitude, self.residual, self.residual_scale,
                                         self.residual_right, self.residual_right_scale, **self._options).to(self._dtype)
 

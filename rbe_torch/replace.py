@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .layout import Layout
 from .report import Report
+
+if TYPE_CHECKING:
+    from .linear import RBELinear
 
 # Last component of the name of a module that maps features to classes or to a vocabulary.
 HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "heads", "qa_outputs", "embed_out", "output_projection"})
@@ -114,6 +119,8 @@ def find_linears(model: nn.Module, include: Patterns = None, exclude: Patterns =
 def replace(found: Found, new: nn.Module) -> None:
     """Puts `new` wherever the found module is."""
     new.train(found.module.training)
+    if is_conv1d(found.module):
+        new.stands_for_conv1d = True
     for parent, child_name in found.places:
         parent._modules[child_name] = new
 
@@ -200,7 +207,8 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Replaces every RBELinear of `model` in place by an nn.Linear holding its decoded weight, and returns the model.
+    """Replaces every RBELinear of `model` in place by an nn.Linear holding its decoded weight, and returns the model. Where the model had a transformers
+    Conv1D it gets one back, so that its class can save and load it.
 
     A model that is itself an RBELinear is returned as a new nn.Linear. Each layer's weight is decoded in float32 and stored in the layer's dtype.
     """
@@ -208,15 +216,26 @@ def decompress(model: nn.Module) -> nn.Module:
 
     if isinstance(model, RBELinear):
         return model.to_linear()
-    dense: dict[int, nn.Linear] = {}
+    dense: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, RBELinear):
                 if id(child) not in dense:
-                    dense[id(child)] = child.to_linear()
+                    dense[id(child)] = _conv1d(child) if child.stands_for_conv1d else child.to_linear()
                 parent._modules[name] = dense[id(child)]
     note_for_transformers(model, False)
     return model
+
+
+def _conv1d(layer: RBELinear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = layer.to_linear()
+    with torch.device("meta"):
+        module = Conv1D(layer.out_features, layer.in_features)
+    module.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    module.bias = nn.Parameter(linear.weight.new_zeros(layer.out_features)) if linear.bias is None else linear.bias
+    return module.train(layer.training)
 
 
 def _patterns(argument: str, patterns: Patterns) -> list[re.Pattern]:
@@ -240,13 +259,16 @@ def _holds_matrix(module: nn.Module) -> bool:
 
 
 def _output_heads(model: nn.Module) -> set[int]:
+    heads = set()
+    for name, child in model.named_children():
+        inner = [module for module in child.modules() if _holds_matrix(module) and module is not child]
+        if name in HEAD_NAMES and inner:  # RoBERTa's classifier, torchvision's, timm's head: the last layer in it
+            heads.add(id(inner[-1]))
     getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return set()
-    try:
-        return {id(getter())}
-    except (NotImplementedError, AttributeError):  # transformers' base class, where a model has no head
-        return set()
+    if getter is not None:
+        with contextlib.suppress(NotImplementedError, AttributeError):  # transformers' base class, where a model has no head
+            heads.add(id(getter()))
+    return heads
 
 
 def _cannot(module: nn.Module, name: str, parents: list[nn.Module], owners: dict[int, list[str]]) -> str:

@@ -69,6 +69,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         if entry.same_as is None:
             weight = next((p for p in old[name]._parameters.values() if p is not None), None)
             new[name] = checkpoint.layer(name).to(device if weight is None or weight.is_meta else weight.device).train(old[name].training)
+            new[name].stands_for_conv1d = is_conv1d(old[name]) or getattr(old[name], "stands_for_conv1d", False)
     _share_bases(checkpoint, new)
 
     for name, entry in checkpoint.layers.items():

@@ -177,7 +177,8 @@ def _stored_names(model: nn.Module, shards: Shards) -> dict[str, str]:
     for names in groups.values():
         forms = [form for name in names for form in (name, prefix + name, name.removeprefix(prefix)) if form in shards.places]
         if not forms:
-            raise ValueError(f"{shards.directory}: tensor {names[0]!r} of the model is in no shard")
+            raise ValueError(f"{shards.directory}: tensor {names[0]!r} of the model is in no shard; either the directory is not whole, or transformers "
+                             "renames this model's tensors as it loads them: compress it in memory, without stream")
         shape = tuple(model.state_dict()[names[0]].shape)
         if shards.places[forms[0]].shape != shape:
             raise ValueError(

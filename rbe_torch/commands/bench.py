@@ -11,10 +11,10 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from torch import nn
 
+    from .. import _ops
     from ..linear import RBELinear
     from ..progress import Progress
     from ..timing import interleave
-    from .. import _ops
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
