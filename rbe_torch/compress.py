@@ -111,6 +111,7 @@ def compress(
                 fitted = run.calibrate(calls, 60.0 * tune * _BLOCK_SHARE / blocks if blocks else 0.0)
                 report.tuning = tune_model(model, teacher, calls, 60.0 * tune * (1 - _BLOCK_SHARE if blocks else 1.0), seed, progress)
                 report.tuning["blocks"] = fitted
+        run.check()
     except BaseException:
         run.undo()
         if teacher is not None:  # norms and biases were moved in place
@@ -235,6 +236,16 @@ class _Run:
                 tick,
                 block_seconds,
             )
+
+    def check(self) -> None:
+        """ValueError where fitting gave values that are not finite: batches can be finite and their squares not."""
+        for entry in self.chosen:
+            layer, before = self.layers[entry.name], entry.module.bias
+            problem = layer.problem()
+            if not problem and before is not None and bool((torch.isfinite(before) & ~torch.isfinite(layer.bias)).any()):
+                problem = "bias: has values that are not finite"
+            if problem:
+                raise ValueError(f"{entry.name}: {problem} after it was fitted; are the values that reach it too large?")
 
     def put(self, entry: Found, layer: RBELinear) -> None:
         self.layers[entry.name] = layer

@@ -60,7 +60,7 @@ class RBELinear(nn.Module):
         self.layout = layout = Layout.parse(layout)
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
         if self._dtype not in FLOATS:
-            raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, FLOATS))}")
+            raise TypeError(f"dtype: is {dtype!r}, must be one of {', '.join(map(str, FLOATS))}")
         if generator is None and seed is not None:
             generator = torch.Generator().manual_seed(seed_value(seed))
         m, n = self.out_features, self.in_features
@@ -75,6 +75,8 @@ class RBELinear(nn.Module):
             raise TypeError(f"basis: is a {type(basis).__name__}, must be an nn.Parameter, float32 {layout.basis_shape}")
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
             raise ValueError(f"basis: is {basis.dtype} {tuple(basis.shape)}, must be torch.float32 {layout.basis_shape} for {layout}")
+        elif not basis.is_meta and not bool(torch.isfinite(basis).all()):
+            raise ValueError(f"basis: has {int((~torch.isfinite(basis)).sum())} values that are not finite, must have none")
         self.register_parameter("basis", basis)
         self.register_parameter("amplitude", None)
         self.register_parameter("log_gain", None)

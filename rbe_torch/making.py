@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .arguments import bias_of, codes_rows, exact_float32, residual_of, seed_of, size
+from .arguments import bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
 from .encode import encode_layer
 from .layout import Layout
 from .problems import without_operator
@@ -21,7 +21,7 @@ def layer_from_linear(kind: type[RBELinear], nn_linear: nn.Module, layout: str |
                       seed: int) -> RBELinear:
     if type(nn_linear) is not nn.Linear and not is_conv1d(nn_linear):
         raise TypeError(f"nn_linear: is a {type(nn_linear).__name__}, must be an nn.Linear or a transformers Conv1D")
-    layout = Layout.parse(layout)
+    layout, seed = Layout.parse(layout), seed_value(seed)
     weight = dense_weight(nn_linear)
     if weight.is_meta:
         raise ValueError("nn_linear: its weight is on the meta device and has no values to encode")

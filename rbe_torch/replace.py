@@ -68,6 +68,9 @@ def find_linears(model: nn.Module, include: Patterns = None, exclude: Patterns =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: is a {type(model).__name__}, must be a torch.nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"model: {name!r} is lazy and has no shape yet; call the model once before")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     names = {id(module): name for name, module in model.named_modules()}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -241,6 +244,8 @@ def _conv1d(layer: RBELinear) -> nn.Module:
 def _patterns(argument: str, patterns: Patterns) -> list[re.Pattern]:
     if patterns is None:
         return []
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{argument}: is a {type(patterns).__name__}, must be a regular expression or an iterable of them")
     compiled = []
     for text in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(text, str):
