@@ -1,4 +1,4 @@
-"""`rbe`: the command line. This file reads arguments and turns errors into one line and an exit status; commands.py does the work.
+"""`rbe`: the command line. This file reads arguments and turns errors into one line and an exit status; the modules of commands/ do the work.
 
 Exit status: 0 done, 1 failed (one line on stderr says why; RBE_DEBUG=1 shows the traceback), 2 wrong usage.
 """
@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed (one line on stderr says why; RBE_DEBUG=1 shows th
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import re
@@ -151,10 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why, or printed --help
         return int(stop.code or 0)
     name = f"rbe {options.command}"
-    from . import commands
-
     try:
-        getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
+        importlib.import_module(f".commands.{options.command.replace('-', '_')}", __package__).run(options)
         sys.stdout.flush()
         return 0
     except UsageError as error:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..commands.target import check_directory
 from ..models import copy_companions, load_any, load_tokenizer, model_directory
 from ..progress import Progress
 from .hierarchy import read_hierarchy
@@ -28,11 +29,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import rbe_torch
 
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT: {out} is a file, must be a directory or not exist")
     checkpoint = out / CHECKPOINT
     if out.is_dir() and any(out.iterdir()) and not options.force and not checkpoint.is_file():
-        raise ValueError(f"OUT: {out} is not empty and holds no interrupted run ({CHECKPOINT}); --force writes into it")
+        raise ValueError(f"--out: {out} is not empty and holds no interrupted run ({CHECKPOINT}); --force writes into it")
+    check_directory(out, force=True, option="--out")
     hierarchy = read_hierarchy(options.data)
     parts = split(hierarchy, options.task, seed=options.seed)
     source = model_directory(options.model)
