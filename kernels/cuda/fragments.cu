@@ -18,8 +18,8 @@
 constexpr int SPAN = 256, FEW = 2, MANY = 16;       // FEW, MANY: tiles of 8 tokens
 constexpr int FEW_COLUMNS = 4;  // warps that share rows, and add up at the end
 
-// Tiles of 16 rows a warp: what 128 registers hold, or 255 where tokens are many.
-static __host__ __device__ constexpr int row_tiles(int unit, int tiles) { return tiles == FEW && unit <= 2 ? 3 : 2; }
+// Tiles of 16 rows a warp: as many as registers hold, so that a load of x serves them all.
+static __host__ __device__ constexpr int row_tiles(int unit, int tiles) { return tiles == MANY ? 2 : unit <= 2 ? 6 : 4; }
 
 struct fragments_arguments {
     const uint8_t *codes;  // rows of whole and aligned words, `groups` groups a row, a multiple of 8
@@ -70,7 +70,7 @@ CU_DEVICE void store(const fragments_arguments &a, int i0, int t0, int n, float 
 }
 
 template <class Act, int UNIT, bool SIGNS, int TILES>
-static __global__ void __launch_bounds__(THREADS, TILES == FEW ? 2 : 1) fragments(fragments_arguments a) {
+static __global__ void __launch_bounds__(THREADS, 1) fragments(fragments_arguments a) {
         constexpr int STAGES = SIGNS ? UNIT / 2 : UNIT, ROW_TILES = row_tiles(UNIT, TILES), COLUMNS = TILES == FEW ? FEW_COLUMNS : 1, ROWS = 16 * ROW_TILES, CHUNK = TILES * 32, SUMS = ROW_TILES * TILES * 4;
     CU_DYNAMIC_SHARED(cu_vector16, table);
     cu_vector16 *chunks = table + ((STAGES * RBE_BASIS_VECTORS) << a.copies);
@@ -186,11 +186,11 @@ int64_t rbe_cu_fragments_arranged(const rbe_cu_codes *codes, int64_t tokens) {
     return up(tokens, 8 * tiles) * tiles * spans_of(codes) * STEPS * 32;
 }
 
-// As many blocks as run at once, each warp with a span at least.
+// A block a multiprocessor, each warp with a span at least.
 int64_t rbe_cu_fragments_splits(const rbe_cu_codes *codes, int64_t tokens) {
     const int tiles = tiles_of(tokens);
     const int64_t blocks = up(codes->rows, rows_of(unit_of(codes), tiles)) * up(tokens, 8 * tiles), most = up(spans_of(codes), tiles == FEW ? FEW_COLUMNS : 1);
-    const int64_t wanted = (tiles == FEW ? 2 : 1) * (int64_t)cu_multiprocessors() / blocks, some = wanted < most ? wanted : most;
+    const int64_t wanted = (int64_t)cu_multiprocessors() / blocks, some = wanted < most ? wanted : most;
     return some < 1 ? 1 : some;
 }
 
