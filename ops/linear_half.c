@@ -4,6 +4,8 @@
 //
 // scale[t] is the power of two that keeps sums of RBE_HALF_CODES codes below float16's largest number whatever the codes are: |P| is at most
 // max |x[t]| times the largest sum of |basis[s, j]|. It is a token's own, so that no token changes the result of another.
+#include <math.h>
+
 #include "product.h"
 
 enum { TABLE_BYTES = 512 << 10, WIDTH = 64, CHUNK = 64, SIDE = 16 };  // P in L2; tokens; rows of y in L1; tokens that are loaded together
@@ -40,8 +42,11 @@ static void load_tokens(int64_t begin, int64_t end, void *context) {
         const int64_t some = rbe_max(0, rbe_min(SIDE, s->tokens - t)), row = copy ? n : x->row_stride;
         const float *rows = copy ? copy : (const float *)x->data + (s->t0 + t) * row;
         if (copy) rbe_load_rows(kernels, x, s->t0 + t, some, 0, n, copy, n);
-        for (int64_t i = 0; i < SIDE; ++i)
-            rbe_half_scale(i < some ? kernels->largest(n, rows + i * row) : 0.0f, s->largest, RBE_HALF_BOUND, &s->scale[t + i], &s->unscale[t + i]);
+        for (int64_t i = 0; i < SIDE; ++i) {
+            const int power = rbe_half_power(i < some ? kernels->largest(n, rows + i * row) : 0.0f, s->largest, RBE_HALF_BOUND);
+            s->scale[t + i] = ldexpf(1.0f, power);
+            s->unscale[t + i] = ldexpf(1.0f, -power);
+        }
         for (int64_t k = 0; s->basis && (k + 1) * g <= n; ++k)
             kernels->half_tokens(some, g, SIDE, rows + k * g, row, s->scale + t, s->pieces, s->x + k * size + t / SIDE * rbe_half_size(SIDE, g));
     }
@@ -66,7 +71,7 @@ static void fill_matrix_unit(const pass *s, int64_t k) {
     const rbe_layout *l = &s->job->w->layout;
     for (int64_t m = 0; m < l->stages; ++m)
         s->job->kernels->half_table(l->group, s->width, s->basis + m * rbe_half_size(RBE_BASIS_VECTORS, l->group),
-                                    s->x + (s->k0 + k) * rbe_half_size(s->width, l->group), s->pieces,
+                                    s->x + (s->k0 + k) * rbe_half_size(s->width, l->group), s->pieces, NULL,
                                     s->p + (k * l->stages + m) * RBE_BASIS_VECTORS * s->width);
 }
 
