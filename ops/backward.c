@@ -59,18 +59,20 @@ static void finish_rows(int64_t begin, int64_t end, void *context) {
     rbe_scratch_end(mark);
 }
 
+enum { STRETCH = 512 };
+
 // dbias = sum over t of dy, a stretch of rows of W, token after token
 static void sum_tokens(int64_t begin, int64_t end, void *context) {
-    enum { STRETCH = 256 };
     const finish *f = context;
     const rbe_job *job = &f->backward->job;
-    float dy[STRETCH], *out = f->out->bias;
+    const bool rows = rbe_is_rows(job->y);
+    float copy[STRETCH], *out = f->out->bias;
     for (int64_t i = begin * STRETCH; i < rbe_min(end * STRETCH, job->w->rows); i += STRETCH) {
         const int64_t some = rbe_min(STRETCH, job->w->rows - i);
         memset(out + i, 0, (size_t)some * sizeof *out);
         for (int64_t t = 0; t < job->y->rows; ++t) {
-            rbe_load_rows(job->kernels, job->y, t, 1, i, some, dy, STRETCH);
-            job->kernels->add_scaled(some, 1.0f, dy, out + i);
+            if (!rows) rbe_load_rows(job->kernels, job->y, t, 1, i, some, copy, STRETCH);
+            job->kernels->add_scaled(some, 1.0f, rows ? (const float *)job->y->data + t * job->y->row_stride + i : copy, out + i);
         }
     }
 }
@@ -96,7 +98,7 @@ static rbe_status run(const rbe_kernels *kernels, const rbe_weight *w, const rbe
                                                  : rbe_backward_decode(&backward, err);
     }
     finish f = {&backward, out};
-    if (status == RBE_OK && out->bias) rbe_run(threads, (w->rows + 255) / 256, 1, sum_tokens, &f);
+    if (status == RBE_OK && out->bias) rbe_run(threads, (w->rows + STRETCH - 1) / STRETCH, 1, sum_tokens, &f);
     if (status == RBE_OK && wants_d) rbe_run(threads, w->rows, 16, finish_rows, &f);
     if (status == RBE_OK && atomic_load(&backward.job.failed)) status = rbe_out_of_memory(err);
     rbe_scratch_end(mark);

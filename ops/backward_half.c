@@ -234,7 +234,7 @@ rbe_status rbe_backward_half(rbe_backward_job *backward, rbe_error *err) {
         choose_lanes(&s);
         rbe_run(job->threads, s.parts, 1, backward_parts, &s);
     }
-    if (status == RBE_OK && backward->d) rbe_unsort(w, &s.sorted, job->threads, backward->d);
+    if (status == RBE_OK && backward->d) rbe_unsort(backward, &s.sorted);
     for (int64_t part = 0; status == RBE_OK && s.dbasis && part < s.parts; ++part)
         job->kernels->add_scaled(basis, 1.0f, s.dbasis + part * basis, backward->dbasis);
     rbe_scratch_end(mark);

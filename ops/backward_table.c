@@ -188,7 +188,7 @@ rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     if (status == RBE_OK && room) {
         if (s.dbasis) memset(s.dbasis, 0, (size_t)(s.parts * basis) * sizeof *s.dbasis);
         run_tiles(&s, rows, dx);
-        if (backward->d) rbe_unsort(w, &s.sorted, job->threads, backward->d);
+        if (backward->d) rbe_unsort(backward, &s.sorted);
         for (int64_t part = 0; s.dbasis && part < s.parts; ++part) job->kernels->add_scaled(basis, 1.0f, s.dbasis + part * basis, backward->dbasis);
     }
     rbe_scratch_end(mark);

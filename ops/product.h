@@ -73,12 +73,11 @@ enum { RBE_SORTED_TOGETHER = 16 };  // codes of a row, so that a line of unpacke
 typedef struct rbe_sorted {
     int32_t *start, *row;  // [K*M][257], [K*M][m] and RBE_PLACES_AHEAD more
     float *factor;         // [K*M][m], or NULL:
-    uint16_t *half;        // the same in float16, divided by 2^unit
+    uint32_t *half;        // the same in float16, twice side by side, divided by 2^unit
     int unit;
     float *d;  // [K*M][m]: D of a place, cleared
 } rbe_sorted;
 rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool half, const rbe_parallel *threads, rbe_sorted *out, rbe_error *err);
-void rbe_unsort(const rbe_weight *w, const rbe_sorted *sorted, const rbe_parallel *threads, float *d);  // D to [m][K*M]
 
 // ---- matrix unit (weight.c) -------------------------------------------------------------------------------------------------
 // Whether a product gains by it: its depth comes in units of 32, rows and columns in units of 16, and what is padded is lost.
@@ -147,6 +146,7 @@ typedef struct rbe_backward_job {
     const rbe_matrix *dx;
     float *dbasis, *d, *gain;
 } rbe_backward_job;
+void rbe_unsort(rbe_backward_job *job, const rbe_sorted *sorted);  // D of places to job->d
 rbe_status rbe_backward_table(rbe_backward_job *job, rbe_error *err);
 rbe_status rbe_backward_half(rbe_backward_job *job, rbe_error *err);
 rbe_status rbe_backward_decode(rbe_backward_job *job, rbe_error *err);

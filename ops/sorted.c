@@ -9,48 +9,56 @@ typedef struct sorting {
     const rbe_weight *w;
     rbe_codes codes;
     const rbe_sorted *out;
-    float factor;     // of gain in a float16 factor
-    float *d;         // where unsort puts D
+    float unit;  // of gain in a float16 factor
+    float *d;    // where unsort puts D
+    atomic_bool *failed;
 } sorting;
 
-enum { SORTED = RBE_SORTED_TOGETHER };
+enum { SORTED = RBE_SORTED_TOGETHER, STRIP = 32 };  // rows whose factors are made together
+
+// start[q][j], and in next[q][j] where the first place of code j goes.
+static void count_codes(const sorting *s, int64_t q0, int64_t some, const uint8_t *idx, int32_t next[SORTED][RBE_BASIS_VECTORS]) {
+    memset(next, 0, SORTED * sizeof *next);
+    for (int64_t i = 0; i < s->w->rows; ++i)
+        for (int64_t q = 0; q < some; ++q) ++next[q][idx[i * s->codes.row + q]];
+    for (int64_t q = 0; q < some; ++q) {
+        int32_t *start = s->out->start + (q0 + q) * (RBE_BASIS_VECTORS + 1), sum = 0;
+        for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
+            start[j] = sum;
+            sum += next[q][j];
+            next[q][j] = start[j];
+        }
+        start[RBE_BASIS_VECTORS] = sum;
+    }
+}
 
 static void sort_codes(int64_t begin, int64_t end, void *context) {
     const sorting *s = context;
-    const rbe_weight *w = s->w;
-    const float *gain = w->gain;
-    const int64_t m = w->rows, codes = rbe_codes_a_row(w);
+    const float *gain = s->w->gain;
+    const int64_t m = s->w->rows, codes = rbe_codes_a_row(s->w), stride = s->codes.row;
     int32_t next[SORTED][RBE_BASIS_VECTORS];
+    float factor[STRIP * SORTED];
+    uint16_t half[STRIP * SORTED] = {0};
     for (int64_t q0 = begin * SORTED; q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
-        const int64_t some = rbe_min(SORTED, codes - q0), at = q0 / SORTED * s->codes.step, stride = s->codes.row;
-        memset(next, 0, sizeof next);
-        for (int64_t i = 0; i < m; ++i)
-            for (int64_t q = 0; q < some; ++q) ++next[q][s->codes.idx[at + i * stride + q]];
-        for (int64_t q = 0; q < some; ++q) {
-            int32_t *start = s->out->start + (q0 + q) * (RBE_BASIS_VECTORS + 1), sum = 0;
-            for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
-                start[j] = sum;
-                sum += next[q][j];
-                next[q][j] = start[j];
+        const int64_t some = rbe_min(SORTED, codes - q0), at = q0 / SORTED * s->codes.step;
+        count_codes(s, q0, some, s->codes.idx + at, next);
+        for (int64_t i0 = 0; i0 < m; i0 += STRIP) {
+            const int64_t rows = rbe_min(STRIP, m - i0);
+            for (int64_t i = 0; i < rows; ++i) {
+                const float *scale = s->codes.scale ? s->codes.scale + at + (i0 + i) * stride : NULL, each = gain[i0 + i] * s->unit;
+                for (int64_t q = 0; q < some; ++q) factor[i * some + q] = scale ? each * scale[q] : each;
             }
-            start[RBE_BASIS_VECTORS] = sum;
-        }
-        for (int64_t i = 0; i < m; ++i) {
-            const uint8_t *idx = s->codes.idx + at + i * stride;
-            const float *scale = s->codes.scale ? s->codes.scale + at + i * stride : NULL, each = gain[i] * s->factor;
-            uint16_t half[SORTED] = {0};
-            if (s->out->half) {
-                float factor[SORTED];
-                for (int64_t q = 0; q < some; ++q) factor[q] = scale ? each * scale[q] : each;
-                s->kernels->f32_to_f16(factor, some, half);
-            }
-            for (int64_t q = 0; q < some; ++q) {
-                const int64_t place = (q0 + q) * m + next[q][idx[q]]++;
-                s->out->row[place] = (int32_t)i;
-                if (s->out->half)
-                    s->out->half[place] = half[q];
-                else
-                    s->out->factor[place] = scale ? each * scale[q] : each;
+            if (s->out->half) s->kernels->f32_to_f16(factor, rows * some, half);
+            for (int64_t i = 0; i < rows; ++i) {
+                const uint8_t *idx = s->codes.idx + at + (i0 + i) * stride;
+                for (int64_t q = 0; q < some; ++q) {
+                    const int64_t place = (q0 + q) * m + next[q][idx[q]]++;
+                    s->out->row[place] = (int32_t)(i0 + i);
+                    if (s->out->half)
+                        s->out->half[place] = half[i * some + q] * 0x10001u;
+                    else
+                        s->out->factor[place] = factor[i * some + q];
+                }
             }
         }
     }
@@ -68,13 +76,12 @@ rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool 
     out->d = rbe_scratch_take(places, sizeof *out->d);
     if (!out->start || !out->row || !(half ? (void *)out->half : (void *)out->factor) || !out->d) return rbe_out_of_memory(err);
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    sorting s = {.kernels = kernels, .w = w, .out = out, .factor = 1.0f};
+    sorting s = {.kernels = kernels, .w = w, .out = out, .unit = 1.0f};
     if (half) {
         float most = 0.0f;
         for (int64_t i = 0; i < w->rows; ++i) most = fmaxf(most, fabsf(((const float *)w->gain)[i]));
-        frexpf(most, &out->unit);  // 0 for 0
-        out->unit = out->unit > RBE_HALF_RANGE ? RBE_HALF_RANGE : out->unit < -RBE_HALF_RANGE ? -RBE_HALF_RANGE : out->unit;
-        s.factor = ldexpf(1.0f, -out->unit);
+        out->unit = -rbe_half_power(most, 0, 0);
+        s.unit = ldexpf(1.0f, -out->unit);
     }
     const rbe_status status = rbe_unpack_codes(kernels, w, SORTED, false, threads, &s.codes, err);
     if (status == RBE_OK) rbe_run(threads, blocks, 1, sort_codes, &s);
@@ -84,15 +91,24 @@ rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool 
     return status;
 }
 
-// A line of the result at a time.
+// Code after code into columns that L1 holds, then the columns of a line of the result turned together.
 static void unsort(int64_t begin, int64_t end, void *context) {
     const sorting *s = context;
     const int64_t m = s->w->rows, codes = rbe_codes_a_row(s->w);
-    for (int64_t q = begin * SORTED; q < rbe_min(end * SORTED, codes); ++q)
-        for (int64_t p = q * m; p < (q + 1) * m; ++p) s->d[s->out->row[p] * codes + q] = s->out->d[p];
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    float *columns = rbe_scratch_take(SORTED * m, sizeof *columns);
+    if (!columns) atomic_store(s->failed, true);
+    for (int64_t q0 = begin * SORTED; columns && q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
+        const int64_t some = rbe_min(SORTED, codes - q0);
+        for (int64_t q = 0; q < some; ++q)
+            for (int64_t p = (q0 + q) * m; p < (q0 + q + 1) * m; ++p) columns[q * m + s->out->row[p]] = s->out->d[p];
+        s->kernels->transpose(columns, m, some, m, s->d + q0, codes, some);
+    }
+    rbe_scratch_end(mark);
 }
 
-void rbe_unsort(const rbe_weight *w, const rbe_sorted *sorted, const rbe_parallel *threads, float *d) {
-    sorting s = {.w = w, .out = sorted, .d = d};
-    rbe_run(threads, (rbe_codes_a_row(w) + SORTED - 1) / SORTED, 1, unsort, &s);
+void rbe_unsort(rbe_backward_job *backward, const rbe_sorted *sorted) {
+    rbe_job *job = &backward->job;
+    sorting s = {.kernels = job->kernels, .w = job->w, .out = sorted, .d = backward->d, .failed = &job->failed};
+    rbe_run(job->threads, (rbe_codes_a_row(job->w) + SORTED - 1) / SORTED, 1, unsort, &s);
 }
