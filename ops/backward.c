@@ -110,6 +110,8 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
     const rbe_kernels *kernels;
     rbe_status status = rbe_choose_kernels(&kernels, err);
     if (status == RBE_OK) status = check(w, dy, x, out, err);
+    if (status == RBE_OK && (unsigned)accuracy > RBE_ACCURACY_FAST)
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "accuracy: %d is not auto, exact or fast", (int)accuracy);
     if (status != RBE_OK) return status;
     if (w->real == RBE_F64) {
         rbe_reference_linear_backward(w, dy, x, out);

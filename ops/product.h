@@ -130,6 +130,10 @@ typedef struct rbe_job {
     atomic_bool failed;  // out of memory in a thread
 } rbe_job;
 
+// One tile of `width` tokens from t0 on; threads NULL: all on this thread. False: out of memory.
+typedef bool (*rbe_tile_body)(const void *pass, int64_t t0, const rbe_parallel *threads);
+rbe_status rbe_run_token_tiles(rbe_job *job, int64_t width, rbe_tile_body tile, const void *pass, rbe_error *err);  // token_tiles.c
+
 rbe_status rbe_linear_table(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_half(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_token(rbe_job *job, rbe_error *err);

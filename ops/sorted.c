@@ -32,39 +32,52 @@ static void count_codes(const sorting *s, int64_t q0, int64_t some, const uint8_
     }
 }
 
-static void sort_codes(int64_t begin, int64_t end, void *context) {
-    const sorting *s = context;
+// gain * scale of all rows, [m][some], in float32 or float16.
+static void make_factors(const sorting *s, int64_t at, int64_t some, float *factor, uint16_t *half) {
     const float *gain = s->w->gain;
-    const int64_t m = s->w->rows, codes = rbe_codes_a_row(s->w), stride = s->codes.row;
-    int32_t next[SORTED][RBE_BASIS_VECTORS];
-    float factor[STRIP * SORTED];
-    uint16_t half[STRIP * SORTED] = {0};
-    for (int64_t q0 = begin * SORTED; q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
-        const int64_t some = rbe_min(SORTED, codes - q0), at = q0 / SORTED * s->codes.step;
-        count_codes(s, q0, some, s->codes.idx + at, next);
-        for (int64_t i0 = 0; i0 < m; i0 += STRIP) {
-            const int64_t rows = rbe_min(STRIP, m - i0);
-            for (int64_t i = 0; i < rows; ++i) {
-                const float *scale = s->codes.scale ? s->codes.scale + at + (i0 + i) * stride : NULL, each = gain[i0 + i] * s->unit;
-                for (int64_t q = 0; q < some; ++q) factor[i * some + q] = scale ? each * scale[q] : each;
-            }
-            if (s->out->half) s->kernels->f32_to_f16(factor, rows * some, half);
-            for (int64_t i = 0; i < rows; ++i) {
-                const uint8_t *idx = s->codes.idx + at + (i0 + i) * stride;
-                for (int64_t q = 0; q < some; ++q) {
-                    const int64_t place = (q0 + q) * m + next[q][idx[q]]++;
-                    s->out->row[place] = (int32_t)(i0 + i);
-                    if (s->out->half)
-                        s->out->half[place] = half[i * some + q] * 0x10001u;
-                    else
-                        s->out->factor[place] = factor[i * some + q];
-                }
-            }
+    float strip[STRIP * SORTED];
+    for (int64_t i0 = 0; i0 < s->w->rows; i0 += STRIP) {
+        const int64_t rows = rbe_min(STRIP, s->w->rows - i0);
+        float *out = half ? strip : factor + i0 * some;
+        for (int64_t i = 0; i < rows; ++i) {
+            const float *scale = s->codes.scale ? s->codes.scale + at + (i0 + i) * s->codes.row : NULL, each = gain[i0 + i] * s->unit;
+            for (int64_t q = 0; q < some; ++q) out[i * some + q] = scale ? each * scale[q] : each;
         }
+        if (half) s->kernels->f32_to_f16(strip, rows * some, half + i0 * some);
     }
 }
 
+// Code after code, so that L1 holds its places.
+static void sort_codes(int64_t begin, int64_t end, void *context) {
+    const sorting *s = context;
+    const int64_t m = s->w->rows, codes = rbe_codes_a_row(s->w);
+    int32_t next[SORTED][RBE_BASIS_VECTORS];
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    void *factors = rbe_scratch_take(SORTED * m, s->out->half ? sizeof(uint16_t) : sizeof(float));
+    float *factor = s->out->half ? NULL : factors;
+    uint16_t *half = s->out->half ? factors : NULL;
+    if (!factors) atomic_store(s->failed, true);
+    for (int64_t q0 = begin * SORTED; factors && q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
+        const int64_t some = rbe_min(SORTED, codes - q0), at = q0 / SORTED * s->codes.step;
+        count_codes(s, q0, some, s->codes.idx + at, next);
+        make_factors(s, at, some, factor, half);
+        for (int64_t q = 0; q < some; ++q) {
+            const uint8_t *idx = s->codes.idx + at + q;
+            for (int64_t i = 0; i < m; ++i) {
+                const int64_t place = (q0 + q) * m + next[q][idx[i * s->codes.row]]++;
+                s->out->row[place] = (int32_t)i;
+                if (half)
+                    s->out->half[place] = half[i * some + q] * 0x10001u;
+                else
+                    s->out->factor[place] = factor[i * some + q];
+            }
+        }
+    }
+    rbe_scratch_end(mark);
+}
+
 rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool half, const rbe_parallel *threads, rbe_sorted *out, rbe_error *err) {
+    atomic_bool failed = false;
     const int64_t codes = rbe_codes_a_row(w), places = codes * w->rows, blocks = (codes + SORTED - 1) / SORTED;
     *out = (rbe_sorted){.unit = 0};
     out->start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *out->start);
@@ -76,15 +89,16 @@ rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool 
     out->d = rbe_scratch_take(places, sizeof *out->d);
     if (!out->start || !out->row || !(half ? (void *)out->half : (void *)out->factor) || !out->d) return rbe_out_of_memory(err);
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    sorting s = {.kernels = kernels, .w = w, .out = out, .unit = 1.0f};
+    sorting s = {.kernels = kernels, .w = w, .out = out, .unit = 1.0f, .failed = &failed};
     if (half) {
         float most = 0.0f;
         for (int64_t i = 0; i < w->rows; ++i) most = fmaxf(most, fabsf(((const float *)w->gain)[i]));
         out->unit = -rbe_half_power(most, 0, 0);
         s.unit = ldexpf(1.0f, -out->unit);
     }
-    const rbe_status status = rbe_unpack_codes(kernels, w, SORTED, false, threads, &s.codes, err);
+    rbe_status status = rbe_unpack_codes(kernels, w, SORTED, false, threads, &s.codes, err);
     if (status == RBE_OK) rbe_run(threads, blocks, 1, sort_codes, &s);
+    if (status == RBE_OK && atomic_load(&failed)) status = rbe_out_of_memory(err);
     rbe_scratch_end(mark);
     memset(out->d, 0, (size_t)places * sizeof *out->d);
     memset(out->row + places, 0, RBE_PLACES_AHEAD * sizeof *out->row);
