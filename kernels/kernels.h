@@ -189,9 +189,10 @@ typedef struct rbe_kernels {
     // The backward in half precision, W = 64 or RBE_HALF_WIDTH tokens at a time, of use where both units are; avx512/half_backward__avx512fp16.c and
     // half_products__avx512amx.c have the formulas and operands. out[c*W + t] = float16(scale[t] a[t, c]), t < 32, zero for tokens that do not exist.
     void (*half_turn)(int64_t tokens, int64_t cols, const float *a, int64_t a_row, const float *scale, int64_t w, uint16_t *out);
-    // As table_backward: d[p] += unscale * dot; factor is a pair of the same; dP leaves as two operands of 256 * W values.
-    void (*half_backward)(const int32_t *start, const int32_t *row, const uint32_t *factor, const uint16_t *dy, const uint16_t *p, int64_t w,
-                          float unscale, float *d, uint16_t *dp_rows, uint16_t *dp_cols);
+    // As table_backward, for at most 65536 rows: a place is its row and, in the high half, its factor. d[p] = (d[p] if not first) + unscale * dot; dP leaves
+    // as two operands of 256 * W values.
+    void (*half_backward)(const int32_t *start, const uint32_t *place, const uint16_t *dy, const uint16_t *p, int64_t w, float unscale, float *d,
+                          bool first, uint16_t *dp_rows, uint16_t *dp_cols);
     // A step of 32 tokens of x [tokens][cols] as an operand of rbe_half_step values.
     void (*half_columns)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *scale, uint16_t *out);
     // dx [g in whole 32][W] (+)= turned basis * dP;  dbasis[j*row + e] += dP * x for `cols` columns, over steps of 32 tokens. As gemm_split.
@@ -271,8 +272,8 @@ void rbe_half_basis__avx512amx(int64_t rows, int64_t depth, const float *basis, 
 void rbe_half_tokens__avx512amx(int64_t tokens, int64_t g, int64_t w, const float *x, int64_t x_row, const float *scale, int pieces, uint16_t *out);
 void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, const float *lanes, uint16_t *p);
 void rbe_half_turn__avx512fp16(int64_t tokens, int64_t cols, const float *a, int64_t a_row, const float *scale, int64_t w, uint16_t *out);
-void rbe_half_backward__avx512fp16(const int32_t *start, const int32_t *row, const uint32_t *factor, const uint16_t *dy, const uint16_t *p, int64_t w,
-                                   float unscale, float *d, uint16_t *dp_rows, uint16_t *dp_cols);
+void rbe_half_backward__avx512fp16(const int32_t *start, const uint32_t *place, const uint16_t *dy, const uint16_t *p, int64_t w, float unscale, float *d,
+                                   bool first, uint16_t *dp_rows, uint16_t *dp_cols);
 void rbe_half_columns__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *scale, uint16_t *out);
 void rbe_half_dx__avx512amx(int64_t g, int64_t w, const uint16_t *turned, const uint16_t *dp_cols, float *dx, bool first);
 void rbe_half_dbasis__avx512amx(int64_t steps, int64_t cols, const uint16_t *dp_rows, const uint16_t *x, int64_t x_step, float *dbasis, int64_t row);

@@ -169,8 +169,8 @@ static void backward_group(const pass *s, int64_t k, const buffers *b, float *db
         const int64_t q = k * w->layout.stages + stage;
         for (int64_t block = 0; block < s->blocks; ++block) {
             if (s->backward->d) fill_table(s, b, k, stage, block);
-            kernels->half_backward(s->sorted.start + q * (RBE_BASIS_VECTORS + 1), s->sorted.row + q * m, s->sorted.half + q * m, s->dy + block * m * width,
-                                   b->p, width, s->unscale[block], s->sorted.d + q * m, b->dp_rows + block * RBE_BASIS_VECTORS * width, b->dp_cols);
+            kernels->half_backward(s->sorted.start + q * (RBE_BASIS_VECTORS + 1), s->sorted.half + q * m, s->dy + block * m * width, b->p, width,
+                                   s->unscale[block], s->sorted.d + q * m, s->t0 + block == 0, b->dp_rows + block * RBE_BASIS_VECTORS * width, b->dp_cols);
             if (s->turned)
                 kernels->half_dx(g, width, s->turned + stage * rbe_half_size(whole, RBE_BASIS_VECTORS), b->dp_cols, b->dx + block * whole * width, stage == 0);
         }
@@ -228,6 +228,7 @@ rbe_status rbe_backward_half(rbe_backward_job *backward, rbe_error *err) {
     const bool room = s.dy && s.x && s.columns && (s.dbasis || !backward->dbasis) && (s.turned || !backward->dx) && s.basis;
     if (status == RBE_OK && !room) status = rbe_out_of_memory(err);
     if (status == RBE_OK && s.dbasis) memset(s.dbasis, 0, (size_t)(s.parts * basis) * sizeof *s.dbasis);
+    if (status == RBE_OK && T == 0) memset(s.sorted.d, 0, (size_t)(rbe_codes_a_row(w) * w->rows) * sizeof *s.sorted.d);
     for (; status == RBE_OK && s.t0 < T && !atomic_load(&job->failed); s.t0 += s.tokens) {
         choose_tile(&s, most, width);
         rbe_run(job->threads, s.blocks * s.width / SIDE, 1, load_tokens, &s);

@@ -3,7 +3,7 @@
 #include <stdio.h>
 
 #include "dispatch.h"
-#include "plan.h"
+#include "product.h"
 
 enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32, TOKENS_ONE_DIGIT = 32, COLUMNS_DIGITS = 2048 };
 
@@ -147,7 +147,7 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
 
 rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens, bool fast) {
     const rbe_path wanted = forced;
-    const bool halves = fast && kernels->half_backward && kernels->half_dx;
+    const bool halves = fast && kernels->half_backward && kernels->half_dx && rows <= RBE_SORTED_ROWS;
     if (wanted == RBE_PATH_DECODE || !has_table(l)) return RBE_PATH_DECODE;
     if (wanted == RBE_PATH_TABLE) return RBE_PATH_TABLE;
     if (wanted == RBE_PATH_TABLE_HALF && halves) return RBE_PATH_TABLE_HALF;

@@ -68,14 +68,15 @@ bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *
 // Columns of groups k0 .. k0+groups-1 of a row, residual included. Leaves the codes' idx, scale and signs in the buffers.
 void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row, int64_t k0, int64_t groups, rbe_row_buffers b, float *out);
 
-// The rows sorted by code (sorted.c): code j of q has the places start[q][j] .. start[q][j+1], a place its row and gain * scale.
+// The rows sorted by code (sorted.c): code j of q has the places start[q][j] .. start[q][j+1], a place its row and gain * scale. Either row and factor, or half.
 enum { RBE_SORTED_TOGETHER = 16 };  // codes of a row, so that a line of unpacked codes is read once
+enum { RBE_SORTED_ROWS = 1 << 16 };     // at most, in one word with a float16
 typedef struct rbe_sorted {
     int32_t *start, *row;  // [K*M][257], [K*M][m] and RBE_PLACES_AHEAD more
-    float *factor;         // [K*M][m], or NULL:
-    uint32_t *half;        // the same in float16, twice side by side, divided by 2^unit
+    float *factor;         // [K*M][m]
+    uint32_t *half;        // both in one: the row, and gain * scale / 2^unit in float16 in the high half
     int unit;
-    float *d;  // [K*M][m]: D of a place, cleared
+    float *d;  // [K*M][m]: D of a place, with row and factor cleared
 } rbe_sorted;
 rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool half, const rbe_parallel *threads, rbe_sorted *out, rbe_error *err);
 

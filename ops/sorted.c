@@ -65,11 +65,12 @@ static void sort_codes(int64_t begin, int64_t end, void *context) {
             const uint8_t *idx = s->codes.idx + at + q;
             for (int64_t i = 0; i < m; ++i) {
                 const int64_t place = (q0 + q) * m + next[q][idx[i * s->codes.row]]++;
+                if (half) {
+                    s->out->half[place] = (uint32_t)i | (uint32_t)half[i * some + q] << 16;
+                    continue;
+                }
                 s->out->row[place] = (int32_t)i;
-                if (half)
-                    s->out->half[place] = half[i * some + q] * 0x10001u;
-                else
-                    s->out->factor[place] = factor[i * some + q];
+                s->out->factor[place] = factor[i * some + q];
             }
         }
     }
@@ -81,13 +82,16 @@ rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool 
     const int64_t codes = rbe_codes_a_row(w), places = codes * w->rows, blocks = (codes + SORTED - 1) / SORTED;
     *out = (rbe_sorted){.unit = 0};
     out->start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *out->start);
-    out->row = rbe_scratch_take(places + RBE_PLACES_AHEAD, sizeof *out->row);
+    uint32_t *rows = rbe_scratch_take(places + RBE_PLACES_AHEAD, sizeof *rows);  // or with their factors
+    out->d = rbe_scratch_take(places, sizeof *out->d);
     if (half)
-        out->half = rbe_scratch_take(places, sizeof *out->half);
+        out->half = rows;
     else
         out->factor = rbe_scratch_take(places, sizeof *out->factor);
-    out->d = rbe_scratch_take(places, sizeof *out->d);
-    if (!out->start || !out->row || !(half ? (void *)out->half : (void *)out->factor) || !out->d) return rbe_out_of_memory(err);
+    if (!out->start || !rows || !(half || out->factor) || !out->d) return rbe_out_of_memory(err);
+    if (!half) out->row = (int32_t *)rows;
+    memset(rows + places, 0, RBE_PLACES_AHEAD * sizeof *rows);
+    if (!half) memset(out->d, 0, (size_t)places * sizeof *out->d);
     const rbe_scratch_mark mark = rbe_scratch_begin();
     sorting s = {.kernels = kernels, .w = w, .out = out, .unit = 1.0f, .failed = &failed};
     if (half) {
@@ -100,8 +104,6 @@ rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool 
     if (status == RBE_OK) rbe_run(threads, blocks, 1, sort_codes, &s);
     if (status == RBE_OK && atomic_load(&failed)) status = rbe_out_of_memory(err);
     rbe_scratch_end(mark);
-    memset(out->d, 0, (size_t)places * sizeof *out->d);
-    memset(out->row + places, 0, RBE_PLACES_AHEAD * sizeof *out->row);
     return status;
 }
 
@@ -115,7 +117,8 @@ static void unsort(int64_t begin, int64_t end, void *context) {
     for (int64_t q0 = begin * SORTED; columns && q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
         const int64_t some = rbe_min(SORTED, codes - q0);
         for (int64_t q = 0; q < some; ++q)
-            for (int64_t p = (q0 + q) * m; p < (q0 + q + 1) * m; ++p) columns[q * m + s->out->row[p]] = s->out->d[p];
+            for (int64_t p = (q0 + q) * m; p < (q0 + q + 1) * m; ++p)
+                columns[q * m + (s->out->half ? (int32_t)(s->out->half[p] & 0xFFFF) : s->out->row[p])] = s->out->d[p];
         s->kernels->transpose(columns, m, some, m, s->d + q0, codes, some);
     }
     rbe_scratch_end(mark);

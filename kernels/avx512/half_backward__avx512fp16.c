@@ -1,9 +1,9 @@
 // The codes' part of the backward in half precision, one group and stage and W = 64 or 128 tokens at a time: rows sorted by code, so that a code's P and
 // dP stay in registers while the rows that use it pass by once.
 //
-//     d[p] += unscale * dot(dy[row[p]], P[j])          dP[j] = sum over the places p of code j of factor[p] * dy[row[p]]
+//     d[p] (+)= unscale * dot(dy[row[p]], P[j])        dP[j] = sum over the places p of code j of factor[p] * dy[row[p]]
 //
-// dy, P and factor (twice side by side, so that one load spreads it) are float16, dots are summed in float16 (W products of which the caller knows that they stay in range), dP over PLACES places in
+// dy, P and factor are float16, dots are summed in float16 (W products of which the caller knows that they stay in range), dP over PLACES places in
 // float16 and then in float32. dP leaves in bfloat16 as both operands that the matrix unit needs (half_products__avx512amx.c):
 //     dp_rows [W / 32 steps][256 / 16][16 codes][32 tokens]          dp_cols [W / 16][256 / 32 steps][16 pairs of codes][16 tokens][2]
 #define RBE_SIMD_AVX512
@@ -33,18 +33,18 @@ V_INLINE __m512 low_half(__m512h x) { return _mm512_cvtxph_ps(_mm256_castsi256_p
 V_INLINE __m512 high_half(__m512h x) { return _mm512_cvtxph_ps(_mm256_castsi256_ph(_mm512_extracti64x4_epi64(_mm512_castph_si512(x), 1))); }
 
 // Out of line: it is called once in DOTS places.
-static __attribute__((noinline)) void add_dots(const __m512h *part, int count, float unscale, float *d) {
+static __attribute__((noinline)) void add_dots(const __m512h *part, int count, float unscale, float *d, bool first) {
     const __m512h dots = sums_of(part);
     const __m512 back = _mm512_set1_ps(unscale);
-    v_store_n(d, _mm512_fmadd_ps(low_half(dots), back, v_load_n(d, count)), count);
-    if (count > 16) v_store_n(d + 16, _mm512_fmadd_ps(high_half(dots), back, v_load_n(d + 16, count - 16)), count - 16);
+    v_store_n(d, _mm512_fmadd_ps(low_half(dots), back, first ? v_zero() : v_load_n(d, count)), count);
+    if (count > 16) v_store_n(d + 16, _mm512_fmadd_ps(high_half(dots), back, first ? v_zero() : v_load_n(d + 16, count - 16)), count - 16);
 }
 
 typedef struct walk {
-    const int32_t *row;
-    const uint32_t *factor;
+    const uint32_t *place;
     const uint16_t *dy;
     float unscale, *d;  // of the first place of part
+    bool first;
     int filled;
     __m512h *part;  // [DOTS], dots before their lanes are summed
 } walk;
@@ -54,9 +54,9 @@ V_INLINE void some_places(const int vecs, walk *s, int32_t place, int32_t stop, 
     const int64_t w = 32 * vecs;
     for (int v = 0; v < vecs; ++v) sum[v] = _mm512_setzero_ph();
     for (; place < stop; ++place) {
-        const uint16_t *line = s->dy + (int64_t)s->row[place] * w;
-        const __m512h f = _mm512_castsi512_ph(_mm512_set1_epi32((int)s->factor[place]));
-        const char *soon = (const char *)(s->dy + (int64_t)s->row[place + RBE_PLACES_AHEAD] * w);
+        const uint16_t *line = s->dy + (int64_t)(uint16_t)s->place[place] * w;
+        const __m512h f = _mm512_castsi512_ph(_mm512_set1_epi16((short)(s->place[place] >> 16)));
+        const char *soon = (const char *)(s->dy + (int64_t)(uint16_t)s->place[place + RBE_PLACES_AHEAD] * w);
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; ++v) __builtin_prefetch(soon + 64 * v);
         __m512h dot = _mm512_setzero_ph();
@@ -68,7 +68,7 @@ V_INLINE void some_places(const int vecs, walk *s, int32_t place, int32_t stop, 
         }
         s->part[s->filled++] = dot;
         if (s->filled < DOTS) continue;
-        add_dots(s->part, DOTS, s->unscale, s->d);
+        add_dots(s->part, DOTS, s->unscale, s->d, s->first);
         s->d += DOTS;
         s->filled = 0;
     }
@@ -106,13 +106,13 @@ V_INLINE void all_codes(const int vecs, walk *s, const int32_t *start, const uin
         }
     }
     for (int i = s->filled; s->filled && i < DOTS; ++i) s->part[i] = _mm512_setzero_ph();
-    if (s->filled) add_dots(s->part, s->filled, s->unscale, s->d);
+    if (s->filled) add_dots(s->part, s->filled, s->unscale, s->d, s->first);
 }
 
-void rbe_half_backward__avx512fp16(const int32_t *start, const int32_t *row, const uint32_t *factor, const uint16_t *dy, const uint16_t *p, int64_t w,
-                                   float unscale, float *d, uint16_t *dp_rows, uint16_t *dp_cols) {
+void rbe_half_backward__avx512fp16(const int32_t *start, const uint32_t *place, const uint16_t *dy, const uint16_t *p, int64_t w, float unscale, float *d,
+                                   bool first, uint16_t *dp_rows, uint16_t *dp_cols) {
     __m512h part[DOTS];
-    walk s = {.row = row, .factor = factor, .dy = dy, .unscale = unscale, .d = d, .part = part};
+    walk s = {.place = place, .dy = dy, .unscale = unscale, .d = d, .first = first, .part = part};
     if (w == 128)
         all_codes(4, &s, start, p, dp_rows, dp_cols);
     else
