@@ -32,7 +32,7 @@ static const rbe_kernels avx512vbmi = {
 #ifdef RBE_HAVE_AVX512FP16
 static const rbe_kernels avx512fp16 = {
     .isa = "avx512", .name = "avx512fp16", .largest = rbe_largest__avx512fp16, .half_rows = rbe_half_rows__avx512fp16,
-    .half_widen = rbe_half_widen__avx512fp16};
+    .half_widen = rbe_half_widen__avx512fp16, .half_turn = rbe_half_turn__avx512fp16, .half_backward = rbe_half_backward__avx512fp16};
 #endif
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
                                       .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
@@ -42,7 +42,8 @@ static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .spl
                                       .digits_multiply = rbe_digits_multiply__avx512amx, .digits_stream = rbe_digits_stream__avx512amx,
                                       .digits_order = rbe_digits_order__avx512amx,
                                       .half_basis = rbe_half_basis__avx512amx, .half_tokens = rbe_half_tokens__avx512amx,
-                                      .half_table = rbe_half_table__avx512amx};
+                                      .half_table = rbe_half_table__avx512amx, .half_columns = rbe_half_columns__avx512amx,
+                                      .half_dx = rbe_half_dx__avx512amx, .half_dbasis = rbe_half_dbasis__avx512amx};
 #endif
 #ifdef RBE_HAVE_NEON
 static const rbe_kernels neon = TABLE(neon, 4);
