@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import rbe_torch
-from rbe_torch import budget, calibrate, codebook, encode, moments, shards, walk
+from rbe_torch import budget, calibrate, codebook, encode, moments, shards, tune, walk
 from rbe_torch.layout import Layout
 from rbe_torch.linear import RBELinear
+from rbe_torch.replace import dense_weight, find_linears
 
 ROUNDING = 1e-3  # float32 moments of a few thousand tokens
 LAYOUTS = [
@@ -518,6 +519,22 @@ def test_impossible_budgets_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=name):
         run(model, **options)
     assert [id(module) for module in model.modules()] == before
+
+
+def test_a_measured_loss_counts_the_bias_correction():
+    """Inputs far from zero: without the correction the mean that the codes lose is nearly all that is measured."""
+    torch.manual_seed(0)
+    model, layout = nn.Sequential(nn.Linear(64, 96)), Layout.parse("rbe8_g8")
+    calls = walk.calls_of([correlated(512, 64, seed).view(8, 64, 64) + 3 for seed in range(2)], torch.device("cpu"))
+    entries, dense = find_linears(model), copy.deepcopy(model)
+    table = codebook.fit_basis([dense_weight(entries[0].module)], layout)
+    with torch.no_grad():
+        measured = budget._model_losses(model, entries, [layout], {"rbe8_g8": table}, calls, 0, False)["0"]["rbe8_g8"]
+    assert torch.equal(model[0].weight, dense[0].weight) and torch.equal(model[0].bias, dense[0].bias)
+    run(model, "rbe8_g8", calibration=[call.args for call in calls])
+    with torch.no_grad():
+        real = sum(float(tune.distance(call.run(model), call.run(dense), None)) for call in calls) / len(calls)
+    assert 0.8 * real < measured < 2 * real
 
 
 def test_the_frontier_shows_no_mix_that_takes_more_and_loses_more():
