@@ -32,7 +32,7 @@ from torch import nn
 import rbe_torch
 from rbe_torch import models
 from rbe_torch.hyperbolic import HbBertForSequenceClassification, HbBertModel
-from rbe_torch.hyperbolic.training import Options, optimiser_of, train
+from rbe_torch.hyperbolic.training import Options, optimiser_of
 
 LAYOUT = "rbe8x2_g8"
 FINE = 0.25  # rate of the fine-tuning after QAT
@@ -95,7 +95,7 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(options.seed))[: options.steps * options.batch].tolist()
     dev, dev_labels = read_sst2(options.data / "sst2" / "dev.tsv")
     torch.manual_seed(options.seed)
-    bert = hbbert_bench.scaled(models.load_dense(source), hbbert_bench.SCALE[options.space])
+    bert = models.load_dense(source)
     model = HbBertForSequenceClassification.from_pretrained(bert, **hbbert_bench.arguments_of(options.space, bert)).to(options.device)
 
     def batches(texts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
@@ -140,7 +140,7 @@ def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
 
     def learn(model: HbBertModel, number: int, factor: float) -> list[float]:
         settings = replace(bench.settings, lr=rate_of(model, options) * factor, seed=options.seed + number)
-        return train(model, bench.names, bench.hierarchy, parts.train, settings)
+        return bench.train(model, parts.train, settings)
 
     def judge(model: HbBertModel) -> float:
         return float(np.mean([found["test"] for found in bench.f1_of_both_tasks(model, bench.points(model)).values()]))
@@ -152,7 +152,8 @@ def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/train.tsv and sst2/dev.tsv")
-    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="ours")
+    spaces = tuple(space for space, kind in hbbert_bench.SPACES.items() if kind.dims is None)
+    parser.add_argument("--space", choices=spaces, default="hit", help="one without a head of its own; default hit")
     parser.add_argument("--controls", action="store_true", help="also train the dense model on for as many steps")
     parser.add_argument("--task", choices=("sst2", "hierarchy"), action="append", help="only this one")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ pytest.importorskip("geoopt")
 transformers = pytest.importorskip("transformers", minversion="5")
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SPACES = ("euclidean", "hit", "euclidean scaled", "ours", "euclidean 8", "ours 8", "inner")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -53,18 +54,18 @@ def script(name: str, folder: Path, out: Path, *more: object) -> subprocess.Comp
 
 
 def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
-    done = script("hbbert.py", inputs, tmp_path, "--only", "ours", "--seeds", 1)
+    done = script("hbbert.py", inputs, tmp_path, "--only", "ours 8", "--seeds", 1)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "hbbert_reduced.json").read_text())
     assert [row["codes"] for row in facts["rows"]] == ["dense", "2 bits", "rbe22_g64"] and facts["entities"] == 121
     for row in facts["rows"]:
         assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"} and row["loss"] and row["cpu_seconds"] >= 0  # rounded
         assert 0 < row["depth_in_ball"]["mean"] <= row["depth_in_ball"]["max"] < 1 and (row["code_lr"] is None) == (row["codes"] == "dense")
-    again = script("hbbert.py", inputs, tmp_path, "--only", "ours", "--seeds", 1)
+    again = script("hbbert.py", inputs, tmp_path, "--only", "ours 8", "--seeds", 1)
     assert json.loads((tmp_path / "hbbert_reduced.json").read_text()) == facts, again.stderr
     assert script("hbbert.py", inputs, tmp_path, "--only", "dense", "--seeds", 2, "--bfloat16").returncode == 0
     means = json.loads((tmp_path / "hbbert_reduced.json").read_text())["summary"]
-    assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in ("euclidean", "euclidean halved", "hit", "ours", "inner")]
+    assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in SPACES]
     drawn = script("hbbert_pictures.py", inputs, tmp_path, "--tree", "r a")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "hbbert_disk.png").stat().st_size > 10_000 and (tmp_path / "hbbert_norms.png").stat().st_size > 5_000
@@ -78,7 +79,7 @@ def test_the_full_benchmark_trains_for_each_setting(inputs, tmp_path):
 
 
 def test_of_several_rates_in_codes_the_row_has_the_one_that_validates_best(inputs, tmp_path):
-    done = script("hbbert.py", inputs, tmp_path, "--only", "ours rbe22", "--seeds", 1, "--code-lr", 1e-9, 1e-2)
+    done = script("hbbert.py", inputs, tmp_path, "--only", "hit rbe22", "--seeds", 1, "--code-lr", 1e-9, 1e-2)
     assert done.returncode == 0, done.stderr
     tried = {float(rate): float(value) for rate, value in re.findall(r"at --code-lr (\S+) validation F1 is (\S+)", done.stdout)}
     [row] = json.loads((tmp_path / "hbbert_reduced.json").read_text())["rows"]
@@ -92,7 +93,7 @@ def test_means_and_differences_are_of_the_same_seeds(monkeypatch):
     def row(space: str, codes: str, seed: int, value: float) -> dict:
         return {"space": space, "codes": codes, "seed": seed, "f1": {name: {"test": value} for name in hbbert.SETTINGS}}
 
-    rows = [row("euclidean halved", "dense", 0, 0.5), row("euclidean halved", "dense", 1, 0.7), row("euclidean halved", "dense", 2, 0.0)]
+    rows = [row("euclidean scaled", "dense", 0, 0.5), row("euclidean scaled", "dense", 1, 0.7), row("euclidean scaled", "dense", 2, 0.0)]
     rows += [row("ours", "dense", 0, 0.6), row("ours", "dense", 1, 0.9), row("ours", "2 bits", 1, 0.8)]
     control, ours, coded = hbbert.summary(rows)
     assert control["mean"]["mean"] == pytest.approx(0.4) and "against control" not in control
