@@ -2,8 +2,8 @@
 
 HiT's protocol (He et al. 2024, "Language models as hierarchy encoders", arXiv 2401.11374).
 
-    benchmarks/hbbert.py                reduced: the nouns below one word, a few steps, one training run a row and seed; minutes on a CPU core
-    benchmarks/hbbert.py --full         all 74,401 nouns, a run for each of HiT's four settings; for a GPU
+    benchmarks/hbbert.py           reduced: the nouns below one word, a few steps, one training run a row and seed; minutes on a CPU core
+    benchmarks/hbbert.py --full    all 74,401 nouns, a run for each of HiT's four settings; for a GPU
 
 Rows: spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates
 (hbbert_bench.py has the definitions, hbbert_head.py the learned scale and projection).
@@ -113,7 +113,8 @@ def untrained(bench: Bench) -> dict[str, Any]:
     results, points = {}, bench.points(model)
     for task in TASKS:
         results |= {f"{task} {kind}": bench.f1(model, points, bench.splits[task], kind) for kind in NEGATIVES}
-    return {"space": "pretrained", "codes": "dense", "seed": bench.options.seed, "curvature": float(model.manifold.c), "f1": results, "loss": []}
+    facts = {"space": "pretrained", "codes": "dense", "seed": bench.options.seed, "curvature": float(model.manifold.c)}
+    return {**facts, "f1": results, "loss": []}
 
 
 def settings_of(bench: Bench, space: str, codes: str) -> dict[str, Any]:
@@ -128,8 +129,7 @@ def settings_of(bench: Bench, space: str, codes: str) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every space and layout: mean and standard deviation over the seeds, of each setting and of their mean; and the difference of that
-    mean from the row that has no curvature but is otherwise the same, and from the same space's dense row, of the same seeds, with its standard
-    error."""
+    mean from the row's flat control, and from the same space's dense row, of the same seeds, with its standard error."""
     scores: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         scores.setdefault((row["space"], row["codes"]), {})[row["seed"]] = [row["f1"][name]["test"] for name in SETTINGS]
@@ -170,20 +170,21 @@ def show(entries: list[dict[str, Any]]) -> str:
 def main() -> int:
     given = parser(__doc__)
     given.add_argument("--seeds", type=int, help="so many, from --seed on; default 3, --full 1")
-    given.add_argument("--only", default="", help="only rows whose name contains this, such as `ours` or `dense`")
+    given.add_argument("--only", nargs="+", default=[""], help="only rows whose name contains one of these, such as `ours` or `8 dense`")
+    given.add_argument("--finished", action="store_true", help="measure nothing: the table and JSON of the rows that OUT holds")
     options = given.parse_args()
     torch.set_num_threads(options.threads)
     if options.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 products; everything hyperbolic stays float32
     options.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(space, codes) for codes in LAYOUTS for space in SPACES if options.only in f"{space} {codes}"]
+    wanted = [(space, codes) for codes in LAYOUTS for space in SPACES if any(part in f"{space} {codes}" for part in options.only)]
     if not wanted:
         raise SystemExit(f"--only {options.only!r} leaves no row")
     machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": options.device, "torch": torch.__version__}
     rows, facts = [], {}
     seeds = range(options.seed, options.seed + (options.seeds or (1 if options.full else 3)))
     missing = sum(not file_of(options, *row, seed).is_file() for seed in seeds for row in wanted)
-    print(f"{missing} rows to measure, of {len(SETTINGS) if options.full else 1} training runs each", flush=True)
+    print(f"{0 if options.finished else missing} rows to measure, of {len(SETTINGS) if options.full else 1} training runs each", flush=True)
     for seed in seeds:
         bench = Bench(argparse.Namespace(**{**vars(options), "seed": seed}))
         if not facts:
@@ -197,11 +198,13 @@ def main() -> int:
                 "test_pairs": {task: len(parts.test) for task, parts in bench.splits.items()},
             }
             print(json.dumps(facts), flush=True)
-            rows += [] if options.only else [untrained(bench)]
+            rows += [untrained(bench)] if options.only == [""] and not options.finished else []
         for space, codes in wanted:
             file = file_of(options, space, codes, seed)
             kept = json.loads(file.read_text()) if file.is_file() else None
             settings = settings_of(bench, space, codes)
+            if options.finished and (kept is None or kept["settings"] != settings):
+                continue
             if kept is None or kept["settings"] != settings:
                 kept = {"settings": settings, "machine": machine, "row": measure(bench, space, codes)}
                 file.write_text(json.dumps(kept, indent=1) + "\n")

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from hbbert_head import LENGTH, Projected, optimiser_with_head, principal_axes
 from torch import nn
 
 import rbe_torch
-from hbbert_head import Projected, optimiser_with_head, principal_axes
 from rbe_torch import models
 from rbe_torch.hyperbolic import HbBertModel
 from rbe_torch.hyperbolic.hierarchy import Hierarchy
@@ -29,17 +29,18 @@ from rbe_torch.hyperbolic.training import Names, Options, encode_all, train
 from rbe_torch.hyperbolic.wordnet import read_wordnet
 
 MANIFOLD = "poincare"
-OURS_8 = 1.0
 
 
 @dataclass(frozen=True)
 class Kind:
     """curvature: in units of 1 / d. dims: None, the encoder's output read as a point as it is; 0, by a head with a learned scale; n, by one
-    with a learned projection to n dimensions (hbbert_head.py). control: the space that differs in curvature alone."""
+    with a learned projection to n dimensions (hbbert_head.py), whose vectors are `length` long at first. control: the flat space to hold it
+    against."""
 
     curvature: float
     learnable: bool = False
     dims: int | None = None
+    length: float = LENGTH
     mode: str = "output"
     control: str | None = None
 
@@ -48,9 +49,9 @@ SPACES = {
     "euclidean": Kind(0.0),
     "hit": Kind(1.0, control="euclidean"),
     "euclidean scaled": Kind(0.0, dims=0),
-    "ours": Kind(1.0, learnable=True, dims=0, control="euclidean scaled"),
-    "euclidean 8": Kind(0.0, dims=8),
-    "ours 8": Kind(OURS_8, learnable=True, dims=8, control="euclidean 8"),
+    "ours": Kind(4.0, learnable=True, dims=0, control="euclidean scaled"),
+    "euclidean 8": Kind(0.0, dims=8, length=LENGTH / 4),
+    "ours 8": Kind(16.0, learnable=True, dims=8, control="euclidean 8"),
     "inner": Kind(0.125, learnable=True, mode="inner", control="euclidean"),
 }
 LAYOUTS = {"dense": None, "2 bits": "rbe8x2_g8", "rbe22_g64": "rbe22_g64"}
@@ -69,8 +70,8 @@ class Bench:
         self.names = Names(models.load_tokenizer(source), self.hierarchy.names)
         self.dense = models.load_dense(source)
         used = self.names.ids.unique()
-        table = self.dense.embeddings.word_embeddings
-        self.dense.embeddings.word_embeddings = nn.Embedding.from_pretrained(table.weight.detach()[used].clone(), freeze=False, padding_idx=0)
+        table = self.dense.embeddings.word_embeddings.weight.detach()[used].clone()
+        self.dense.embeddings.word_embeddings = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
         self.dense.config.vocab_size = len(used)
         self.names.ids = torch.searchsorted(used, self.names.ids)
         self.splits = {task: split(self.hierarchy, task, seed=options.seed) for task in TASKS}
@@ -90,7 +91,7 @@ class Bench:
         if kind.dims is None:
             return HbBertModel.from_pretrained(self.dense, **arguments_of(space, self.dense)).to(self.options.device)
         encoder = HbBertModel.from_pretrained(self.dense, manifold=MANIFOLD, mode="output", curvature=0.0)
-        start = principal_axes(self.means, kind.dims) if kind.dims else None
+        start = principal_axes(self.means, kind.dims, kind.length) if kind.dims else None
         c = kind.curvature / self.dense.config.hidden_size
         return Projected(encoder, MANIFOLD, c, kind.learnable, start).to(self.options.device)
 
@@ -100,7 +101,9 @@ class Bench:
         encoder = HbBertModel.from_pretrained(self.dense, manifold=MANIFOLD, mode="output", curvature=0.0)
         return encode_all(encoder.to(self.options.device), self.names).cpu()
 
-    def run(self, space: str, layout: str | None, task: str, hard: float, checkpoint: Path) -> tuple[nn.Module, list[float], float | None]:
+    def run(
+        self, space: str, layout: str | None, task: str, hard: float, checkpoint: Path
+    ) -> tuple[nn.Module, list[float], float | None]:
         """One training run: the model, its losses, and the rate of its steps in codes.
 
         At 2 bits half of the steps are dense and half in codes, layouts that cannot hold a trained weight take all of them in codes. Of

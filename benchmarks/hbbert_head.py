@@ -1,9 +1,9 @@
 """A learned way from an encoder's output to points: point = exp0(W mean + b), in as many dimensions as W has rows, or exp0(scale mean).
 
 `mean` is the mean of the last hidden states over the attention mask. W and b begin as the first principal axes of the names' means, which
-use nothing of the hierarchy, at a factor that makes W mean + b LENGTH long on average; scale begins at 1. exp0 reads a vector as a tangent
-of the origin, so that its length is a distance, half of one in the ball, whatever the curvature, and with c = 0 it is the vector. (Read as
-coordinates, as HiT does, vectors beyond 1 / sqrt(c) would be shortened to the ball's edge.)
+use nothing of the hierarchy, at a factor that makes vectors as long on average as a row asks for; scale begins at 1. exp0 reads a vector as
+a tangent of the origin, so that its length is a distance, half of one in the ball, whatever the curvature, and with c = 0 it is the vector.
+(Read as coordinates, as HiT does, vectors beyond 1 / sqrt(c) would be shortened to the ball's edge.)
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Projected(nn.Module):
             return HbBertOutput(embedding=self.manifold.expmap0(vector))
 
 
-def principal_axes(means: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """W [dims, d] and b [dims] for means float32 [N, d]."""
+def principal_axes(means: Tensor, dims: int, length: float = LENGTH) -> tuple[Tensor, Tensor]:
+    """W [dims, d] and b [dims] for means float32 [N, d]: vectors `length` long on average."""
     middle = means.mean(0)
     axes = torch.linalg.svd(means - middle, full_matrices=False)[2][:dims]
-    axes = axes * (LENGTH / ((means - middle) @ axes.T).norm(dim=1).mean())
+    axes = axes * (length / ((means - middle) @ axes.T).norm(dim=1).mean())
     return axes, -axes @ middle
 
 

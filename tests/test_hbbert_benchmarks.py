@@ -66,6 +66,8 @@ def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
     assert script("hbbert.py", inputs, tmp_path, "--only", "dense", "--seeds", 2, "--bfloat16").returncode == 0
     means = json.loads((tmp_path / "hbbert_reduced.json").read_text())["summary"]
     assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in SPACES]
+    assert script("hbbert.py", inputs, tmp_path, "--seeds", 3, "--bfloat16", "--finished").returncode == 0
+    assert json.loads((tmp_path / "hbbert_reduced.json").read_text())["summary"] == means
     drawn = script("hbbert_pictures.py", inputs, tmp_path, "--tree", "r a")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "hbbert_disk.png").stat().st_size > 10_000 and (tmp_path / "hbbert_norms.png").stat().st_size > 5_000
@@ -76,6 +78,49 @@ def test_the_full_benchmark_trains_for_each_setting(inputs, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "hbbert_full.json").read_text())["rows"]
     assert len(rows) == 1 and len(rows[0]["loss"]) == 4
+
+
+def test_a_full_run_that_was_killed_goes_on_to_the_same_end(inputs, tmp_path, monkeypatch):
+    """Killed in the third of the four settings' runs: the first two are not trained again."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hbbert
+    import hbbert_bench
+
+    real, steps = hbbert_bench.train, []
+
+    def run(out: str, *more: object) -> dict:
+        fixed = ["--wordnet", inputs / "wordnet", "--model", inputs / "bert", "--out", tmp_path / out, "--device", "cpu", "--steps", 4]
+        monkeypatch.setattr(sys, "argv", list(map(str, ["hbbert.py", *fixed, "--batch", 4, "--full", "--only", "ours 8 dense", *more])))
+        assert hbbert.main() == 0
+        return json.loads((tmp_path / out / "hbbert_full.json").read_text())["rows"][0]["f1"]
+
+    def killed(*given: object, **keywords: object) -> list[float]:
+        steps.append(0)
+        if len(steps) < 3:
+            return real(*given, **keywords)
+        real(*given, **keywords, stop_at=2)
+        sys.exit("killed")
+
+    monkeypatch.setattr(hbbert_bench, "train", killed)
+    with pytest.raises(SystemExit, match="killed"):
+        run("cut")
+    monkeypatch.setattr(hbbert_bench, "train", real)
+    monkeypatch.setattr(hbbert_bench.Pace, "__call__", lambda pace, step, loss: steps.append(step))
+    steps.clear()
+    resumed = run("cut")
+    assert steps == [3, 4, 1, 2, 3, 4]
+    assert resumed == run("whole")
+
+
+def test_the_time_of_a_run_is_said_after_its_first_steps(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hbbert_bench
+
+    pace, clock = hbbert_bench.Pace(100), iter(range(100))
+    monkeypatch.setattr(hbbert_bench.time, "perf_counter", lambda: 3.0 * next(clock))
+    for step in range(1, 30):
+        pace(step, 0.0)
+    assert capsys.readouterr().out == "step 20 of 100: 3.000 s a step, 4.0 minutes to the end of this run\n"
 
 
 def test_of_several_rates_in_codes_the_row_has_the_one_that_validates_best(inputs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -362,10 +363,10 @@ def test_a_command_that_was_killed_goes_on_to_the_same_end(stage, whole, capsys,
     with monkeypatch.context() as patch:
         if kill is None:  # in step 2 of 3, with the state after step 1 written
             real, calls = training.hierarchy_loss, []
-            patch.setattr(training, "hierarchy_loss", lambda *given: calls.append(0) or (real(*given) if len(calls) < 2 else exit("killed")))
+            patch.setattr(training, "hierarchy_loss", lambda *given: calls.append(0) or (real(*given) if len(calls) < 2 else sys.exit("killed")))
             patch.setattr(stages, "train", functools.partial(train, every=0.0))
         else:
-            patch.setattr(rbe_torch, kill, lambda *_, **__: exit("killed"))
+            patch.setattr(rbe_torch, kill, lambda *_, **__: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             command()
     assert (unfinished / "dense.pt").is_file() and (unfinished / "compressed").is_dir() == (stage in ("codes", "saving"))

@@ -80,9 +80,8 @@ def train_in_stages(
 
 
 def _opened(options: argparse.Namespace, source: Path) -> HbBertModel:
-    return HbBertModel.from_pretrained(
-        load_any(source), manifold=options.manifold, curvature=options.curvature, mode=options.mode, learnable_curvature=options.learn_curvature
-    )
+    given = {"manifold": options.manifold, "curvature": options.curvature, "mode": options.mode}
+    return HbBertModel.from_pretrained(load_any(source), **given, learnable_curvature=options.learn_curvature)
 
 
 def _coded(model: HbBertModel) -> bool:
@@ -98,7 +97,8 @@ def _same_run(file: Path, options: argparse.Namespace, entities: int, pairs: int
         replace_file(file, lambda path: Path(path).write_text(json.dumps(settings), encoding="utf-8"))
         return
     there = json.loads(file.read_text(encoding="utf-8"))
-    differing = ", ".join(f"{name} {there.get(name)!r} there, {value!r} here" for name, value in settings.items() if there.get(name) != value)
+    both = {name: (there.get(name), value) for name, value in settings.items()}
+    differing = ", ".join(f"{name} {old!r} there, {new!r} here" for name, (old, new) in both.items() if old != new)
     if differing:
         raise ValueError(f"OUT: {file.parent} is of an interrupted run with other settings ({differing}); delete it to start again")
 
