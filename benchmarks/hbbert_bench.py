@@ -93,7 +93,7 @@ class Bench:
         encoder = HbBertModel.from_pretrained(self.dense, manifold=MANIFOLD, mode="output", curvature=0.0)
         start = principal_axes(self.means, kind.dims, kind.length) if kind.dims else None
         c = kind.curvature / self.dense.config.hidden_size
-        return Projected(encoder, MANIFOLD, c, kind.learnable, start).to(self.options.device)
+        return Projected(encoder, MANIFOLD, c, kind.learnable, start, kind.length).to(self.options.device)
 
     @cached_property
     def means(self) -> torch.Tensor:

@@ -11,23 +11,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rbe_torch.hyperbolic import HbBertModel
 from rbe_torch.hyperbolic.layers import manifold_of
 from rbe_torch.hyperbolic.model import HbBertOutput
 from rbe_torch.hyperbolic.training import Options, optimiser_of
 
 LENGTH = 7.2  # that of the pretrained means in their 384 dimensions
-HEAD_RATE = 1e-3  # of W and b
+HEAD_RATE = 1e-3  # of W and b where vectors begin LENGTH long; in proportion where they begin shorter, as their entries do
 SCALE_RATE = 1e-2  # of log(scale), as of log(c)
 
 
 class Projected(nn.Module):
-    """encoder: a HbBertModel of mode "output" and curvature 0. start: (W [n, d], b [n]), or None for a scale alone. All are
-    parameters of this module and in no nn.Linear: compression leaves them alone."""
+    """encoder: a HbBertModel of mode "output" and curvature 0. start: (W [n, d], b [n]) that make vectors `length`
+    long, or None for a scale alone. All are parameters of this module and in no nn.Linear: compression leaves them alone."""
 
-    def __init__(self, encoder: HbBertModel, manifold: str, curvature: float, learnable: bool, start: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self, encoder: nn.Module, manifold: str, curvature: float, learnable: bool,
+        start: tuple[Tensor, Tensor] | None, length: float = LENGTH,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.rate = encoder, HEAD_RATE * length / LENGTH
         self.manifold = manifold_of(manifold, curvature, learnable)
         if start is None:
             self.log_scale = nn.Parameter(torch.zeros(()))
@@ -53,8 +55,10 @@ def principal_axes(means: Tensor, dims: int, length: float = LENGTH) -> tuple[Te
 def optimiser_with_head(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """optimiser_of, and the head's parameters at rates of their own."""
     optimiser = optimiser_of(model, options)
-    rates = {"log_scale": SCALE_RATE, "weight": HEAD_RATE, "bias": HEAD_RATE}
-    head = [(rate, getattr(model, name)) for name, rate in rates.items() if isinstance(model, Projected) and hasattr(model, name)]
+    if not isinstance(model, Projected):
+        return optimiser
+    rates = {"log_scale": SCALE_RATE, "weight": model.rate, "bias": model.rate}
+    head = [(rate, getattr(model, name)) for name, rate in rates.items() if hasattr(model, name)]
     ids = {id(parameter) for _, parameter in head}
     for group in optimiser.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]

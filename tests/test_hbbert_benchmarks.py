@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
     facts = json.loads((tmp_path / "hbbert_reduced.json").read_text())
     assert [row["codes"] for row in facts["rows"]] == ["dense", "2 bits", "rbe22_g64"] and facts["entities"] == 121
     for row in facts["rows"]:
-        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"} and row["loss"] and row["cpu_seconds"] >= 0  # rounded
+        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"}
+        assert row["loss"] and row["cpu_seconds"] >= 0  # rounded
         assert 0 < row["depth_in_ball"]["mean"] <= row["depth_in_ball"]["max"] < 1 and (row["code_lr"] is None) == (row["codes"] == "dense")
     again = script("hbbert.py", inputs, tmp_path, "--only", "ours 8", "--seeds", 1)
     assert json.loads((tmp_path / "hbbert_reduced.json").read_text()) == facts, again.stderr
@@ -155,6 +157,33 @@ def test_the_accuracies_kept_are_of_all_stages(inputs, tmp_path):
     for task in ("sst2", "hierarchy"):
         assert {"dense", "PTQ", "QAT", "QAT + fine-tuning"} <= set(results[task]["stages"])
     assert "claimed" in done.stdout
+
+
+def test_the_choices_are_validated_once_and_kept(inputs, tmp_path):
+    shutil.copytree(inputs / "bert", tmp_path / "deeper")
+    config = transformers.BertConfig.from_pretrained(inputs / "bert", num_hidden_layers=3)
+    transformers.BertModel(config).save_pretrained(tmp_path / "deeper")
+    done = script("hbbert_choice.py", inputs, tmp_path, "--model", tmp_path / "deeper")
+    assert done.returncode == 0, done.stderr
+    kept = (tmp_path / "hbbert_choice.json").read_text()
+    rows = json.loads(kept)["rows"]
+    assert {row["choice"]["dims"] for row in rows} == {0, 8} and all(0 < row["validation_f1"] <= 1 for row in rows)
+    assert script("hbbert_choice.py", inputs, tmp_path, "--model", tmp_path / "deeper").returncode == 0
+    assert (tmp_path / "hbbert_choice.json").read_text() == kept
+
+
+def test_the_cheaper_run_starts_where_the_whole_encoder_does(inputs, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hbbert
+    import hbbert_bench
+    import hbbert_choice
+
+    options = hbbert.parser("").parse_args(["--wordnet", str(inputs / "wordnet"), "--model", str(inputs / "bert"), "--below", "r"])
+    monkeypatch.setattr(hbbert_choice, "UPPER", 1)  # of one layer
+    bench = hbbert_bench.Bench(options)
+    upper = hbbert_choice.Upper(bench.dense, hbbert_choice.lower_outputs(bench)).eval()
+    found = hbbert_choice.encode_all(upper, hbbert_choice.Entities(bench.names))
+    torch.testing.assert_close(found, bench.means, rtol=0, atol=1e-5)
 
 
 def test_a_word_that_wordnet_has_not_is_named(inputs, tmp_path):
