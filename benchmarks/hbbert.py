@@ -100,7 +100,8 @@ def measure(bench: Bench, space: str, codes: str) -> dict[str, Any]:
     c = float(torch.as_tensor(model.manifold.c).detach())
     depth = c**0.5 * points.norm(dim=1)
     scale = float(model.log_scale.exp().detach()) if hasattr(model, "log_scale") else None
-    row |= {"curvature": c, "scale": scale, "depth_in_ball": {"mean": float(depth.mean()), "max": float(depth.max())}, "code_lr": rate, "f1": results}
+    row |= {"curvature": c, "scale": scale, "depth_in_ball": {"mean": float(depth.mean()), "max": float(depth.max())}}
+    row |= {"code_lr": rate, "f1": results}
     row["loss"] = [[round(float(np.mean(run[:10])), 4), round(float(np.mean(run[-10:])), 4)] for run in losses]
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["cpu_seconds"] = round(time.process_time() - cpu, 1)

@@ -157,6 +157,10 @@ def test_the_accuracies_kept_are_of_all_stages(inputs, tmp_path):
     for task in ("sst2", "hierarchy"):
         assert {"dense", "PTQ", "QAT", "QAT + fine-tuning"} <= set(results[task]["stages"])
     assert "claimed" in done.stdout
+    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "ours 8")
+    assert done.returncode == 1 and "has a head of its own, which SST-2's classifier cannot use" in done.stderr
+    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "ours 8", "--task", "hierarchy")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_choices_are_validated_once_and_kept(inputs, tmp_path):
