@@ -93,12 +93,12 @@ def contestant(name: str, kind: str, rates: tuple[float, ...], rest: tuple[float
 CONTESTANTS = [
     contestant("RBE rbe4r_g9, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g9", basis="seeded"),
     contestant("block sparse int4", "sparse", (1.2e-2, 6e-3, 2.4e-2), bits=4, kept=0.115),
-    contestant("block sparse int8", "sparse", (1.2e-2, 6e-3, 3e-3), bits=8, kept=0.0575),
-    contestant("smaller dense int4", "dense", (4e-3, 2e-3, 8e-3), d=88, hidden=384, bits=4),
-    contestant("smaller dense int8", "dense", (4e-3, 2e-3, 8e-3), d=64, bits=8),
-    contestant("low rank int4", "lowrank", (4e-3, 2e-3, 8e-3), bits=4, rank=22),
-    contestant("low rank int8", "lowrank", (4e-3, 2e-3, 8e-3), bits=8, rank=11),
-    contestant("LittleBit", "littlebit", (4e-3, 1e-3, 2.5e-4), rank=80),
+    contestant("block sparse int8", "sparse", (1.2e-2, 6e-3, 2.4e-2), (1.2e-2, 1.2e-2, 1.2e-2), bits=8, kept=0.0575),
+    contestant("smaller dense int4", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=88, hidden=384, bits=4),
+    contestant("smaller dense int8", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=64, bits=8),
+    contestant("low rank int4", "lowrank", (4e-3, 2e-3, 8e-3), (1e-2, 1e-2, 1e-2), bits=4, rank=22),
+    contestant("low rank int8", "lowrank", (4e-3, 2e-3, 8e-3), (1e-2, 1e-2, 1e-2), bits=8, rank=11),
+    contestant("LittleBit", "littlebit", (1e-2, 3e-2, 3e-3), (1e-2, 1e-2, 1e-2), rank=80),
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g3", basis="seeded"),
@@ -128,7 +128,7 @@ def groups_of(model: nn.Module, c: Contestant, which: int) -> list[dict]:
     rest = c.rest[which] if c.rest else rate
     if c.kind == "rbe":
         return [{**group, "weight_decay": 0.0} for group in rbe_torch.param_groups(model, lr=rate, rest=rest)]
-    linear = {id(p) for layer in model.modules() if isinstance(layer, (Quantised, LittleBit)) for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+    linear = {id(p) for layer in model.modules() if isinstance(layer, (Quantised, LittleBit)) for name, p in layer.named_parameters(recurse=False) if name in ("weight", "u", "v")}
     return [{"params": [p for p in model.parameters() if (id(p) in linear) == inside], "lr": lr, "weight_decay": 0.0} for inside, lr in ((True, rate), (False, rest))]
 
 
