@@ -56,6 +56,13 @@ class Quantised(nn.Module):
         inside = (weight / scale).clamp(-self.largest - 1, self.largest)
         return straight_through(inside.round(), inside) * scale
 
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Makes the start `factor` times as large, levels and all."""
+        self.weight.mul_(factor)
+        if self.log_scale is not None:
+            self.log_scale.add_(math.log(factor))
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantised(), self.bias)
 
@@ -80,6 +87,10 @@ class LowRank(nn.Module):
         self.down, self.up = Quantised(n, rank, bits, bias=False, start=v.t()), Quantised(rank, m, bits, start=u)
         self.bytes = self.down.bytes + self.up.bytes
 
+    def shrink(self, factor: float) -> None:
+        self.down.shrink(math.sqrt(factor))
+        self.up.shrink(math.sqrt(factor))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
@@ -101,6 +112,10 @@ class LittleBit(nn.Module):
         self.log_h, self.log_g, self.log_l = (nn.Parameter(scale.log()) for scale in (h, g, left * right))
         self.bias = nn.Parameter(torch.zeros(m))
         self.bytes = rank * (m + n) / 8 + 2 * (m + n + rank)
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        self.log_h.add_(math.log(factor))
 
     @staticmethod
     def outer(matrix: Tensor) -> tuple[Tensor, Tensor]:
