@@ -43,7 +43,7 @@ def error_of(codes: torch.Tensor, weight: torch.Tensor, basis: torch.Tensor, gai
 def plain(name: str, rows: int, cols: int, seconds: float, machine: harness.Machine) -> dict[str, object]:
     layout = Layout.parse(name)
     weight, basis, gain = problem(layout, rows, cols)
-    encode = lambda: torch.ops.rbe.encode(weight, basis, gain, layout=name, in_features=cols)  # noqa: E731
+    encode = lambda: torch.ops.rbe.encode(weight, basis, gain, layout=name, in_features=cols)
     codes = encode()
     error = error_of(codes, weight, basis, gain, name, cols)
     contestants = {"rbe": [encode]}
@@ -78,16 +78,14 @@ def calibrated(name: str, rows: int, cols: int, seconds: float) -> dict[str, obj
     hessian = inputs.t() @ inputs / len(inputs) + 0.01 * torch.eye(cols, dtype=torch.float64)
     factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).float()
     hessian = hessian.float()
-    encode = lambda: torch.ops.rbe.encode_calibrated(  # noqa: E731
-        weight, basis, gain, hessian, factor, layout=name, in_features=cols, sweeps=2
-    )
-    loss = lambda codes: float(  # noqa: E731
-        (torch.ops.rbe.decode(codes, basis, gain, layout=name, in_features=cols) - weight).mm(hessian).mul_(
-            torch.ops.rbe.decode(codes, basis, gain, layout=name, in_features=cols) - weight
-        ).sum()
-    )
+    encode = lambda: torch.ops.rbe.encode_calibrated(weight, basis, gain, hessian, factor, layout=name, in_features=cols, sweeps=2)
     codes = encode()
-    if not loss(codes) < loss(torch.ops.rbe.encode(weight, basis, gain, layout=name, in_features=cols)):
+    kept = [
+        (torch.ops.rbe.decode(c, basis, gain, layout=name, in_features=cols) - weight)
+        for c in (codes, torch.ops.rbe.encode(weight, basis, gain, layout=name, in_features=cols))
+    ]
+    loss = [float(left.mm(hessian).mul_(left).sum()) for left in kept]
+    if not loss[0] < loss[1]:
         raise SystemExit(f"{name}: calibrated codes lose more than plain ones")
     time = harness.race({"rbe": [encode]}, seconds)["rbe"]
     return {
