@@ -78,6 +78,7 @@ def validate(bench: Bench, lower: Tensor, dims: int, factor: float, c: float, le
     start = principal_axes(bench.means, dims, LENGTH * factor) if dims else None
     model, names = Projected(Upper(bench.dense, lower), MANIFOLD, c, learnable, start, LENGTH * factor), Entities(bench.names)
     settings = replace(bench.settings, hard=0.5)
+    torch.manual_seed(bench.options.seed)  # dropout, the same for every choice
     cpu = time.process_time()
     losses = train(model, names, bench.hierarchy, bench.splits["mixed"].train, settings, optimiser_for=optimiser_with_head)
     points = encode_all(model, names)
