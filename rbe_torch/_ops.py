@@ -107,8 +107,16 @@ def _autocast_kernel(op, device: str, key: torch._C.DispatchKeySet, x: torch.Ten
         return op(x, *args, **keywords)
 
 
+def _refuse_nested(name: str, *_, **__):
+    raise RuntimeError(f"rbe::{name}: x: is a nested tensor, must be a dense one; of a jagged one pass x.values() [all rows, in_features], and make the "
+                    "result nested with torch.nested.nested_tensor_from_jagged(y, x.offsets())")
+
+
 def _register_all() -> torch.library.Library:
     library = torch.library.Library("rbe", "IMPL")
+    for name in ("linear", "linear_inference", "linear_backward"):
+        for key in ("AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA"):
+            library.impl(name, functools.partial(_refuse_nested, name), key)
     _register(library, "linear", Linear, TENSORS, autograd=True)
     _register(library, "linear_inference", Linear, TENSORS, autograd=False)
     _register(library, "linear_backward", LinearBackward, TENSORS + 1, autograd=True)

@@ -21,6 +21,8 @@ from .reader import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "Checkpoint", "load_pretrained", "save_pretrained"]
 
+GENERATION_FILE = "generation_config.json"
+
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes `model`, whose linear layers were compressed, to `directory`, which is made if it is missing.
@@ -37,7 +39,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike) -> None:
     replace_file(directory / WEIGHTS_FILE, lambda path: safetensors.torch.save_file(tensors, path, metadata))
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
-        replace_file(directory / "generation_config.json", _text(generation.to_json_string()))
+        replace_file(directory / GENERATION_FILE, _text(generation.to_json_string()))
     config = {**(manifest.model_config or {}), "quantization_config": manifest.quantization_config()}
     replace_file(directory / CONFIG_FILE, _text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
 

@@ -1,4 +1,4 @@
-"""`rbe`: the command line. This file reads arguments and turns errors into one line and an exit status; commands.py does the work.
+"""`rbe`: the command line. This file reads arguments and turns errors into one line and an exit status; the modules of commands/ do the work.
 
 Exit status: 0 done, 1 failed (one line on stderr says why; RBE_DEBUG=1 shows the traceback), 2 wrong usage.
 """
@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed (one line on stderr says why; RBE_DEBUG=1 shows th
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import re
@@ -135,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--learn-curvature", action="store_true", help="train the curvature too")
     entry.add_argument("--task", choices=("multi", "mixed"), default="multi", help="test on indirect pairs (default), or on held-out direct ones too")
     entry.add_argument("--steps", type=_count, default=1000, help="default 1000")
+    entry.add_argument("--dense-steps", type=_count, metavar="N", help="of these, before the compression to L; default half, or none where L cannot hold a trained weight")
     entry.add_argument("--batch", type=_count, default=32, help="pairs a step, default 32")
     entry.add_argument("--lr", type=_positive, help="default 1e-4, or 5e-4 for codes")
     entry.add_argument("--seed", type=_seed, default=0)
@@ -151,10 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why, or printed --help
         return int(stop.code or 0)
     name = f"rbe {options.command}"
-    from . import commands
-
     try:
-        getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
+        importlib.import_module(f".commands.{options.command.replace('-', '_')}", __package__).run(options)
         sys.stdout.flush()
         return 0
     except UsageError as error:

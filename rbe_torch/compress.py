@@ -19,6 +19,7 @@ from .linear import RBELinear
 from .progress import Progress
 from .replace import Found, Patterns, dense_weight, find_linears, note_for_transformers, replace, stored_bytes
 from .report import Report
+from .state import guard_loading
 
 __all__ = ["compress", "fit_basis"]
 
@@ -110,6 +111,7 @@ def compress(
                 fitted = run.calibrate(calls, 60.0 * tune * _BLOCK_SHARE / blocks if blocks else 0.0)
                 report.tuning = tune_model(model, teacher, calls, 60.0 * tune * (1 - _BLOCK_SHARE if blocks else 1.0), seed, progress)
                 report.tuning["blocks"] = fitted
+        run.check()
     except BaseException:
         run.undo()
         if teacher is not None:  # norms and biases were moved in place
@@ -131,6 +133,7 @@ def compress(
         note = made.note if error is not None else "weight is all zero"
         report.add_converted(entry.name, layer, type(entry.module).__name__, error, made.seconds, note, made.output_error, made.damping)
     report.other_bytes = stored_bytes(model)
+    guard_loading(model)
     note_for_transformers(model, True)
     report.seconds = time.monotonic() - start
     return report
@@ -233,6 +236,16 @@ class _Run:
                 tick,
                 block_seconds,
             )
+
+    def check(self) -> None:
+        """ValueError where fitting gave values that are not finite: batches can be finite and their squares not."""
+        for entry in self.chosen:
+            layer, before = self.layers[entry.name], entry.module.bias
+            problem = layer.problem()
+            if not problem and before is not None and bool((torch.isfinite(before) & ~torch.isfinite(layer.bias)).any()):
+                problem = "bias: has values that are not finite"
+            if problem:
+                raise ValueError(f"{entry.name}: {problem} after it was fitted; are the values that reach it too large?")
 
     def put(self, entry: Found, layer: RBELinear) -> None:
         self.layers[entry.name] = layer

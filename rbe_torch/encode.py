@@ -54,8 +54,11 @@ def encode_layer(weight: Tensor, layout: Layout, basis: Tensor | None = None, ga
         fit = _fit_gain_to_largest if layout.residual == "int8" else _fit_gain
         gain, codes = fit(weight, basis, layout, options)
     else:
-        if tuple(gain.shape) != (weight.shape[0],) or not bool((gain > 0).all()) or not bool(torch.isfinite(gain).all()):
-            raise ValueError(f"gain: has shape {tuple(gain.shape)}, must be {(weight.shape[0],)}, finite and positive")
+        if tuple(gain.shape) != (weight.shape[0],):
+            raise ValueError(f"gain: has shape {tuple(gain.shape)}, must be {(weight.shape[0],)}")
+        wrong = ~(torch.isfinite(gain) & (gain > 0))
+        if bool(wrong.any()):
+            raise ValueError(f"gain: has {int(wrong.sum())} values that are not finite and positive, the first in row {int(wrong.nonzero()[0])}")
         gain = fp16_values("gain", gain.detach().to(weight.device, torch.float32))
         codes = torch.ops.rbe.encode(weight, basis, gain, **options)
     residual = {}

@@ -16,9 +16,11 @@ from torch import nn
 from .linear import RBELinear
 from .manifest import VERSION
 from .pack import pack_model
+from .problems import RESIDUALS
 from .reader import CONFIG_FILE, Checkpoint
+from .replace import is_conv1d
 from .skeleton import check_layer, find_layer
-from .state import RESIDUALS
+from .state import guard_loading
 
 try:
     import transformers
@@ -84,6 +86,7 @@ class RBEQuantizer(HfQuantizer):
                         layer._buffers[key] = None
                 layer._parameters.update(basis=None, gain=None)
                 layer._is_hf_initialized = True
+                layer.stands_for_conv1d = is_conv1d(old)
                 made[true_name] = layer
                 self._pending[place] = (true_name, layer)
             parent = find_layer(model, place.rpartition(".")[0])
@@ -114,6 +117,7 @@ class RBEQuantizer(HfQuantizer):
             if here is not None and there is not None and here[0]._parameters.get(here[1]) is not None:
                 here[0]._parameters[here[1]] = there[0]._parameters[there[1]]
         self._pending, self._checkpoint = {}, None
+        guard_loading(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -44,8 +44,8 @@ class LatentLinear(RBELinear):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes of the latent weight give, [m, n] in the layer's dtype."""
-        return self.decoded(noisy=False).to(self._dtype)
+        """What the codes of the latent weight give, [m, n] in the layer's dtype; its gradient goes to the latent weight."""
+        return (self.decoded(noisy=False) + (self.latent - self.latent.detach())).to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

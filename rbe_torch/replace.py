@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .layout import Layout
 from .report import Report
+
+if TYPE_CHECKING:
+    from .linear import RBELinear
 
 # Last component of the name of a module that maps features to classes or to a vocabulary.
 HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "heads", "qa_outputs", "embed_out", "output_projection"})
@@ -63,6 +68,9 @@ def find_linears(model: nn.Module, include: Patterns = None, exclude: Patterns =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: is a {type(model).__name__}, must be a torch.nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"model: {name!r} is lazy and has no shape yet; call the model once before")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     names = {id(module): name for name, module in model.named_modules()}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -114,6 +122,8 @@ def find_linears(model: nn.Module, include: Patterns = None, exclude: Patterns =
 def replace(found: Found, new: nn.Module) -> None:
     """Puts `new` wherever the found module is."""
     new.train(found.module.training)
+    if is_conv1d(found.module):
+        new.stands_for_conv1d = True
     for parent, child_name in found.places:
         parent._modules[child_name] = new
 
@@ -157,9 +167,11 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
     only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training.md.
     """
     from .arguments import seed_value
-    from .linear import RBELinear, random_basis
+    from .drawing import random_basis
     from .initial import calculated_gain, keep_variance
+    from .linear import RBELinear
     from .seeded import seeded_basis
+    from .state import guard_loading
     from .train import start_training
 
     layout = Layout.parse(layout)
@@ -192,12 +204,14 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)
     report.other_bytes = stored_bytes(model)
+    guard_loading(model)
     note_for_transformers(model, True)
     return report
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Replaces every RBELinear of `model` in place by an nn.Linear holding its decoded weight, and returns the model.
+    """Replaces every RBELinear of `model` in place by an nn.Linear holding its decoded weight, and returns the model. Where the model had a transformers
+    Conv1D it gets one back, so that its class can save and load it.
 
     A model that is itself an RBELinear is returned as a new nn.Linear. Each layer's weight is decoded in float32 and stored in the layer's dtype.
     """
@@ -205,20 +219,33 @@ def decompress(model: nn.Module) -> nn.Module:
 
     if isinstance(model, RBELinear):
         return model.to_linear()
-    dense: dict[int, nn.Linear] = {}
+    dense: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, RBELinear):
                 if id(child) not in dense:
-                    dense[id(child)] = child.to_linear()
+                    dense[id(child)] = _conv1d(child) if child.stands_for_conv1d else child.to_linear()
                 parent._modules[name] = dense[id(child)]
     note_for_transformers(model, False)
     return model
 
 
+def _conv1d(layer: RBELinear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = layer.to_linear()
+    with torch.device("meta"):
+        module = Conv1D(layer.out_features, layer.in_features)
+    module.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    module.bias = nn.Parameter(linear.weight.new_zeros(layer.out_features)) if linear.bias is None else linear.bias
+    return module.train(layer.training)
+
+
 def _patterns(argument: str, patterns: Patterns) -> list[re.Pattern]:
     if patterns is None:
         return []
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{argument}: is a {type(patterns).__name__}, must be a regular expression or an iterable of them")
     compiled = []
     for text in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(text, str):
@@ -237,13 +264,16 @@ def _holds_matrix(module: nn.Module) -> bool:
 
 
 def _output_heads(model: nn.Module) -> set[int]:
+    heads = set()
+    for name, child in model.named_children():
+        inner = [module for module in child.modules() if _holds_matrix(module) and module is not child]
+        if name in HEAD_NAMES and inner:  # RoBERTa's classifier, torchvision's, timm's head: the last layer in it
+            heads.add(id(inner[-1]))
     getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return set()
-    try:
-        return {id(getter())}
-    except (NotImplementedError, AttributeError):  # transformers' base class, where a model has no head
-        return set()
+    if getter is not None:
+        with contextlib.suppress(NotImplementedError, AttributeError):  # transformers' base class, where a model has no head
+            heads.add(id(getter()))
+    return heads
 
 
 def _cannot(module: nn.Module, name: str, parents: list[nn.Module], owners: dict[int, list[str]]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .linear import RBELinear
 from .replace import features, is_conv1d
+from .state import guard_loading
 
 if TYPE_CHECKING:
     from .reader import Checkpoint
@@ -68,6 +69,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         if entry.same_as is None:
             weight = next((p for p in old[name]._parameters.values() if p is not None), None)
             new[name] = checkpoint.layer(name).to(device if weight is None or weight.is_meta else weight.device).train(old[name].training)
+            new[name].stands_for_conv1d = is_conv1d(old[name]) or getattr(old[name], "stands_for_conv1d", False)
     _share_bases(checkpoint, new)
 
     for name, entry in checkpoint.layers.items():
@@ -82,6 +84,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise ValueError(f"tensor {empty[0]!r}: is on the meta device and not in the checkpoint; build the model on a real device")
+    guard_loading(model)
     return model
 
 

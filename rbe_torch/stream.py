@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import calibrate_model
-from .checkpoint import replace_file
-from .codebook import fit_vectors, round_count, sample_some, sample_sizes
+from .checkpoint import GENERATION_FILE, replace_file
+from .codebook import fit_vectors, round_count, sample_sizes, sample_some
 from .encode import encode_layer
 from .layout import Layout
 from .linear import RBELinear
@@ -177,7 +177,8 @@ def _stored_names(model: nn.Module, shards: Shards) -> dict[str, str]:
     for names in groups.values():
         forms = [form for name in names for form in (name, prefix + name, name.removeprefix(prefix)) if form in shards.places]
         if not forms:
-            raise ValueError(f"{shards.directory}: tensor {names[0]!r} of the model is in no shard")
+            raise ValueError(f"{shards.directory}: tensor {names[0]!r} of the model is in no shard; either the directory is not whole, or transformers "
+                             "renames this model's tensors as it loads them: compress it in memory, without stream")
         shape = tuple(model.state_dict()[names[0]].shape)
         if shards.places[forms[0]].shape != shape:
             raise ValueError(
@@ -352,6 +353,9 @@ def _assemble(
     config["dtype"] = str(next(shards.places[there].dtype for there in stored.values())).removeprefix("torch.")
     manifest = Manifest(layers, hashes, aliases, f"{type(model).__module__}.{type(model).__qualname__}", config)
     replace_file(target / WEIGHTS_FILE, lambda path: write_tensors(path, entries, {"format": "pt", **manifest.to_header()}))
+    generation = shards.directory / GENERATION_FILE
+    if generation.is_file():
+        replace_file(target / GENERATION_FILE, lambda path: shutil.copyfile(generation, path))
     text = json.dumps({**config, "quantization_config": manifest.quantization_config()}, indent=2, sort_keys=True) + "\n"
     replace_file(target / CONFIG_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))
     shutil.rmtree(parts)

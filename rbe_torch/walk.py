@@ -56,6 +56,9 @@ def calls_of(calibration: Iterable[Any], device: torch.device) -> list[Call]:
             calls.append(Call((batch.to(device),), {}))
         else:
             raise TypeError(f"calibration: holds a {type(batch).__name__}, must hold dicts of tensors, tuples, or tensors")
+        values = [value for value in (*calls[-1].args, *calls[-1].kwargs.values()) if isinstance(value, Tensor)]
+        if any(not value.numel() for value in values):
+            raise ValueError(f"calibration: batch {len(calls) - 1} holds an empty tensor {tuple(next(v.shape for v in values if not v.numel()))}")
     if not calls:
         raise ValueError("calibration: holds no batch, must hold at least one")
     return calls
@@ -134,7 +137,19 @@ def inputs(module: nn.Module, call: Call, layers: Sequence[str]) -> dict[str, li
             call.run(module)
         except _Stop:
             pass
+    for layer, values in found.items():
+        for x in values:
+            _check_finite(layer, x, call.mask)
     return found
+
+
+def _check_finite(layer: str, x: Tensor, mask: Tensor | None) -> None:
+    """Padding may hold anything; a real token with a NaN would spoil what is fitted to all of them."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == len(rows):
+        rows = rows[mask.reshape(-1)]
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"calibration: layer {layer!r} gets values that are not finite from a batch, must get none")
 
 
 def _order(module: nn.Module, call: Call, layers: Sequence[str]) -> list[list[str]]:
