@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,40 @@ def load_config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; a model directory has a config.json, and models are not downloaded")
-    return transformers.AutoConfig.from_pretrained(file)
+    try:
+        return transformers.AutoConfig.from_pretrained(file)
+    except Exception as error:  # whatever the many configurations raise
+        raise ValueError(f"{file}: is no configuration that transformers {transformers.__version__} knows ({_first_line(error)})") from error
 
 
 def load_dense(directory: Path) -> nn.Module:
-    """A dense transformers model in the dtype of its weights, in eval mode. ValueError: it is compressed already."""
+    """A dense transformers model in the dtype of its weights, in eval mode. ValueError: it is compressed already, or its files do not hold all of its
+    encoder or decoder. UserWarning: they lack a head or a pooler."""
     if is_compressed(directory):
         raise ValueError(f"{directory}: is compressed already")
-    return model_class(load_config(directory)).from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+    kind = model_class(load_config(directory))
+    logging = transformers_module().utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would list is said below
+    try:
+        model, found = kind.from_pretrained(directory, local_files_only=True, dtype="auto", output_loading_info=True)
+    except Exception as error:  # whatever a model's own code and its files raise
+        raise ValueError(f"{directory}: cannot be loaded as a {kind.__name__} ({_first_line(error)})") from error
+    finally:
+        logging.set_verbosity(level)
+    missing = sorted(found["missing_keys"])
+    prefix = f"{model.base_model_prefix}." if base_model(model) is not model else ""
+    needed = [name for name in missing if name.startswith(prefix) and "pooler" not in name]
+    if needed:
+        raise ValueError(f"{directory}: its files lack {len(needed)} tensors of a {type(model).__name__}, {needed[0]!r} for one, which would be random numbers")
+    if missing:
+        warnings.warn(f"{directory}: its files lack {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''} of a {type(model).__name__}: random "
+                      "numbers take their place", UserWarning, stacklevel=2)
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_any(directory: Path) -> nn.Module:
@@ -104,7 +131,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = kind.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever the many kinds raise
-        raise ValueError(f"{missing}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{missing}: {_first_line(error)}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ValueError(missing)
     return tokenizer

@@ -114,3 +114,29 @@ for command in (["compress", {str(dense)!r}, {str(out)!r}], ["verify", {str(out)
         done = subprocess.run([sys.executable, "-c", code if not part else f"{part}\nassert main([]) == 0"], capture_output=True, text=True, timeout=120,
                               check=False)
         assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path, capsys) -> None:
+    """transformers fills them with random numbers."""
+    config = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = transformers.BertForSequenceClassification(config)
+    kept = {key: value for key, value in model.state_dict().items() if "intermediate" not in key}
+    model.save_pretrained(tmp_path / "m", state_dict=kept)
+    assert main(["compress", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet"]) == 1
+    assert "its files lack 2 tensors of a BertForSequenceClassification, 'bert.encoder.layer.0.intermediate.dense.bias'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "m", state_dict={key: value for key, value in model.state_dict().items() if "classifier" not in key})
+    with pytest.warns(UserWarning, match="its files lack classifier.bias, classifier.weight"):
+        assert main(["compress", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:5000]), "cannot be loaded as a LlamaForCausalLM"),
+    (lambda path: (path / "config.json").write_text("{}"), "config.json: is no configuration that transformers"),
+    (lambda path: (path / "config.json").write_text("[]"), "config.json: is no configuration that transformers"),
+])  # fmt: skip
+def test_a_damaged_model_is_named(dense, tmp_path, change, reason, capsys) -> None:
+    shutil.copytree(dense, tmp_path / "m")
+    change(tmp_path / "m")
+    assert main(["compress", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet"]) == 1
+    assert (err := capsys.readouterr().err).startswith(f"rbe compress: {tmp_path / 'm'}") and reason in err and err.count("\n") == 1

@@ -22,6 +22,8 @@ def run(options: argparse.Namespace) -> None:
     dense = model_directory(options.dense) if options.dense is not None else None
     tokenizer = load_tokenizer(path if (path / "tokenizer_config.json").is_file() or dense is None else dense)
     models = [(directory, load_any(directory)) for directory in (path, dense) if directory is not None]
+    if len({is_causal(model) for _, model in models}) > 1:
+        raise ValueError(f"--dense: {options.dense} is a {type(models[1][1]).__name__}, {options.path} a {type(models[0][1]).__name__}; is it the same model?")
     score = _score_text if is_causal(models[0][1]) else _score_pairs
     facts, batches = score(models, tokenizer, options)
     if options.layers:
