@@ -2,21 +2,16 @@
 
 HiT's protocol (He et al. 2024, "Language models as hierarchy encoders", arXiv 2401.11374).
 
-    benchmarks/hbbert.py                reduced: the nouns below one word, a few steps, one training run a row and seed; minutes on a CPU core
-    benchmarks/hbbert.py --full         all 74,401 nouns, a run for each of HiT's four settings; for a GPU
+    benchmarks/hbbert.py           reduced: the nouns below one word, a few steps, one training run a row and seed; minutes on a CPU core
+    benchmarks/hbbert.py --full    all 74,401 nouns, a run for each of HiT's four settings; for a GPU
 
-Rows: five spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates
-(hbbert_bench.py has the definitions).
+Rows: spaces, each dense, at 2 bits (rbe8x2_g8) and in rbe22_g64, trained with the same loss, pairs, wrong parents, steps and rates
+(hbbert_bench.py has the definitions, hbbert_head.py the learned scale and projection).
 
-    euclidean         BERT's mean-pooled output, curvature 0
-    euclidean halved  half of it, curvature 0
-    hit               BERT's mean-pooled output read as a point, curvature -1/d: HiT
-    ours              half of it, four times the curvature: points start as deep in the ball as HiT's, and the loss's margins, which are
-                      lengths, are twice as large against the radius of curvature
-    inner             hyperbolic inner layers, the curvature learned from -1/(8 d), which leaves the pretrained encoder nearly what it was
-
-`euclidean halved` and `ours` were each the best of three by validation F1 on a seed of its own (results/hbbert_scale.json): factors 1/2, 1
-and 2 for the one, three pairs of a factor and a curvature for the other.
+    euclidean, hit            BERT's mean-pooled output in 384 dimensions as it is, with curvature 0 and with HiT's -1/384
+    euclidean scaled, ours    the same with a learned scale; ours learns its curvature too
+    euclidean 8, ours 8       a learned projection to 8 dimensions, where room is scarce; ours learns its curvature too
+    inner                     hyperbolic inner layers, the curvature learned from -1/(8 d), which leaves the encoder nearly what it was
 
 A row at 2 bits takes half of its steps dense, is compressed with the names as calibration, and takes the other half in codes; rbe22_g64,
 which holds nothing of a trained weight, takes all of them in codes. A seed also draws the split and the pairs, the same for every row.
@@ -39,7 +34,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from harness import cpu_name, table  # noqa: E402
-from hbbert_bench import CALIBRATION, CONTROL, LAYOUTS, SCALE, SPACES, Bench  # noqa: E402
+from hbbert_bench import CALIBRATION, LAYOUTS, SPACES, Bench  # noqa: E402
 
 from rbe_torch.hyperbolic.tasks import NEGATIVES, TASKS  # noqa: E402
 from rbe_torch.hyperbolic.wordnet import DEFAULT  # noqa: E402
@@ -104,7 +99,9 @@ def measure(bench: Bench, space: str, codes: str) -> dict[str, Any]:
         torch.save(points.cpu(), f"{stem}.points.pt")
     c = float(torch.as_tensor(model.manifold.c).detach())
     depth = c**0.5 * points.norm(dim=1)
-    row |= {"curvature": c, "depth_in_ball": {"mean": float(depth.mean()), "max": float(depth.max())}, "code_lr": rate, "f1": results}
+    scale = float(model.log_scale.exp().detach()) if hasattr(model, "log_scale") else None
+    row |= {"curvature": c, "scale": scale, "depth_in_ball": {"mean": float(depth.mean()), "max": float(depth.max())}}
+    row |= {"code_lr": rate, "f1": results}
     row["loss"] = [[round(float(np.mean(run[:10])), 4), round(float(np.mean(run[-10:])), 4)] for run in losses]
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["cpu_seconds"] = round(time.process_time() - cpu, 1)
@@ -117,13 +114,14 @@ def untrained(bench: Bench) -> dict[str, Any]:
     results, points = {}, bench.points(model)
     for task in TASKS:
         results |= {f"{task} {kind}": bench.f1(model, points, bench.splits[task], kind) for kind in NEGATIVES}
-    return {"space": "pretrained", "codes": "dense", "seed": bench.options.seed, "curvature": float(model.manifold.c), "f1": results, "loss": []}
+    facts = {"space": "pretrained", "codes": "dense", "seed": bench.options.seed, "curvature": float(model.manifold.c)}
+    return {**facts, "f1": results, "loss": []}
 
 
 def settings_of(bench: Bench, space: str, codes: str) -> dict[str, Any]:
     """What a row depends on; a row of other settings is measured again."""
     settings = {**asdict(bench.settings), "full": bench.options.full, "entities": len(bench.hierarchy.names), "model": bench.options.model}
-    settings |= {"space": SPACES[space], "scale": SCALE[space]}
+    settings |= {"space": asdict(SPACES[space])}
     rate = settings.pop("rbe_rate")
     if codes == "dense":
         return settings
@@ -132,8 +130,7 @@ def settings_of(bench: Bench, space: str, codes: str) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every space and layout: mean and standard deviation over the seeds, of each setting and of their mean; and the difference of that
-    mean from the row that has no curvature but is otherwise the same, and from the same space's dense row, of the same seeds, with its standard
-    error."""
+    mean from the row's flat control, and from the same space's dense row, of the same seeds, with its standard error."""
     scores: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         scores.setdefault((row["space"], row["codes"]), {})[row["seed"]] = [row["f1"][name]["test"] for name in SETTINGS]
@@ -143,7 +140,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         means = {**{name: values[:, i] for i, name in enumerate(SETTINGS)}, "mean": values.mean(1)}
         entry: dict[str, Any] = {"space": space, "codes": codes, "seeds": sorted(seeds)}
         entry |= {name: {"mean": float(each.mean()), "sd": _deviation(each)} for name, each in means.items()}
-        for title, other in (("against control", (CONTROL.get(space, space), codes)), ("against dense", (space, "dense"))):
+        for title, other in (("against control", (SPACES[space].control or space, codes)), ("against dense", (space, "dense"))):
             both = sorted(set(seeds) & set(scores.get(other, {})))
             if other != (space, codes) and both:
                 apart = np.array([np.mean(seeds[seed]) - np.mean(scores[other][seed]) for seed in both])
@@ -174,18 +171,22 @@ def show(entries: list[dict[str, Any]]) -> str:
 def main() -> int:
     given = parser(__doc__)
     given.add_argument("--seeds", type=int, help="so many, from --seed on; default 3, --full 1")
-    given.add_argument("--only", default="", help="only rows whose name contains this, such as `ours` or `dense`")
+    given.add_argument("--only", nargs="+", default=[""], help="only rows whose name contains one of these, such as `ours` or `8 dense`")
+    given.add_argument("--finished", action="store_true", help="measure nothing: the table and JSON of the rows that OUT holds")
     options = given.parse_args()
     torch.set_num_threads(options.threads)
     if options.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 products; everything hyperbolic stays float32
     options.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(space, codes) for codes in LAYOUTS for space in SPACES if options.only in f"{space} {codes}"]
+    wanted = [(space, codes) for codes in LAYOUTS for space in SPACES if any(part in f"{space} {codes}" for part in options.only)]
     if not wanted:
         raise SystemExit(f"--only {options.only!r} leaves no row")
     machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": options.device, "torch": torch.__version__}
     rows, facts = [], {}
-    for seed in range(options.seed, options.seed + (options.seeds or (1 if options.full else 3))):
+    seeds = range(options.seed, options.seed + (options.seeds or (1 if options.full else 3)))
+    missing = sum(not file_of(options, *row, seed).is_file() for seed in seeds for row in wanted)
+    print(f"{0 if options.finished else missing} rows to measure, of {len(SETTINGS) if options.full else 1} training runs each", flush=True)
+    for seed in seeds:
         bench = Bench(argparse.Namespace(**{**vars(options), "seed": seed}))
         if not facts:
             facts = {
@@ -198,11 +199,13 @@ def main() -> int:
                 "test_pairs": {task: len(parts.test) for task, parts in bench.splits.items()},
             }
             print(json.dumps(facts), flush=True)
-            rows += [] if options.only else [untrained(bench)]
+            rows += [untrained(bench)] if options.only == [""] and not options.finished else []
         for space, codes in wanted:
             file = file_of(options, space, codes, seed)
             kept = json.loads(file.read_text()) if file.is_file() else None
             settings = settings_of(bench, space, codes)
+            if options.finished and (kept is None or kept["settings"] != settings):
+                continue
             if kept is None or kept["settings"] != settings:
                 kept = {"settings": settings, "machine": machine, "row": measure(bench, space, codes)}
                 file.write_text(json.dumps(kept, indent=1) + "\n")

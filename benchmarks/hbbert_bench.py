@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hbbert_head import LENGTH, Projected, optimiser_with_head, principal_axes
 from torch import nn
 
 import rbe_torch
@@ -25,17 +28,32 @@ from rbe_torch.hyperbolic.tasks import NEGATIVES, TASKS, Pairs, Split, negatives
 from rbe_torch.hyperbolic.training import Names, Options, encode_all, train
 from rbe_torch.hyperbolic.wordnet import read_wordnet
 
-# What HbBertModel.from_pretrained takes, curvatures in units of 1 / d; and the factor on the pretrained embeddings before training, which
-# says how deep in the ball they start.
-SPACES: dict[str, dict[str, Any]] = {
-    "euclidean": {"manifold": "poincare", "mode": "output", "curvature": 0.0},
-    "euclidean halved": {"manifold": "poincare", "mode": "output", "curvature": 0.0},
-    "hit": {"manifold": "poincare", "mode": "output"},
-    "ours": {"manifold": "poincare", "mode": "output", "curvature": 4.0},
-    "inner": {"manifold": "poincare", "mode": "inner", "curvature": 0.125, "learnable_curvature": True},
+MANIFOLD = "poincare"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """curvature: in units of 1 / d. dims: None, the encoder's output read as a point as it is; 0, by a head with a learned scale; n, by one
+    with a learned projection to n dimensions (hbbert_head.py), whose vectors are `length` long at first. control: the flat space to hold it
+    against."""
+
+    curvature: float
+    learnable: bool = False
+    dims: int | None = None
+    length: float = LENGTH
+    mode: str = "output"
+    control: str | None = None
+
+
+SPACES = {
+    "euclidean": Kind(0.0),
+    "hit": Kind(1.0, control="euclidean"),
+    "euclidean scaled": Kind(0.0, dims=0),
+    "ours": Kind(4.0, learnable=True, dims=0, control="euclidean scaled"),
+    "euclidean 8": Kind(0.0, dims=8, length=LENGTH / 4),
+    "ours 8": Kind(16.0, learnable=True, dims=8, control="euclidean 8"),
+    "inner": Kind(0.125, learnable=True, mode="inner", control="euclidean"),
 }
-SCALE = {"euclidean": 1.0, "euclidean halved": 0.5, "hit": 1.0, "ours": 0.5, "inner": 1.0}
-CONTROL = {"hit": "euclidean", "ours": "euclidean halved", "inner": "euclidean"}  # differs in curvature alone
 LAYOUTS = {"dense": None, "2 bits": "rbe8x2_g8", "rbe22_g64": "rbe22_g64"}
 CALIBRATION = (16, 64)  # batches, names a batch
 
@@ -52,8 +70,8 @@ class Bench:
         self.names = Names(models.load_tokenizer(source), self.hierarchy.names)
         self.dense = models.load_dense(source)
         used = self.names.ids.unique()
-        table = self.dense.embeddings.word_embeddings
-        self.dense.embeddings.word_embeddings = nn.Embedding.from_pretrained(table.weight.detach()[used].clone(), freeze=False, padding_idx=0)
+        table = self.dense.embeddings.word_embeddings.weight.detach()[used].clone()
+        self.dense.embeddings.word_embeddings = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
         self.dense.config.vocab_size = len(used)
         self.names.ids = torch.searchsorted(used, self.names.ids)
         self.splits = {task: split(self.hierarchy, task, seed=options.seed) for task in TASKS}
@@ -67,11 +85,25 @@ class Bench:
             bfloat16=options.bfloat16,
         )
 
-    def model(self, space: str) -> HbBertModel:
+    def model(self, space: str) -> HbBertModel | Projected:
         torch.manual_seed(self.options.seed)
-        return HbBertModel.from_pretrained(scaled(self.dense, SCALE[space]), **arguments_of(space, self.dense)).to(self.options.device)
+        kind = SPACES[space]
+        if kind.dims is None:
+            return HbBertModel.from_pretrained(self.dense, **arguments_of(space, self.dense)).to(self.options.device)
+        encoder = HbBertModel.from_pretrained(self.dense, manifold=MANIFOLD, mode="output", curvature=0.0)
+        start = principal_axes(self.means, kind.dims, kind.length) if kind.dims else None
+        c = kind.curvature / self.dense.config.hidden_size
+        return Projected(encoder, MANIFOLD, c, kind.learnable, start, kind.length).to(self.options.device)
 
-    def run(self, space: str, layout: str | None, task: str, hard: float, checkpoint: Path) -> tuple[HbBertModel, list[float], float | None]:
+    @cached_property
+    def means(self) -> torch.Tensor:
+        """What the pretrained encoder makes of the names, [entities, d]."""
+        encoder = HbBertModel.from_pretrained(self.dense, manifold=MANIFOLD, mode="output", curvature=0.0)
+        return encode_all(encoder.to(self.options.device), self.names).cpu()
+
+    def run(
+        self, space: str, layout: str | None, task: str, hard: float, checkpoint: Path
+    ) -> tuple[nn.Module, list[float], float | None]:
         """One training run: the model, its losses, and the rate of its steps in codes.
 
         At 2 bits half of the steps are dense and half in codes, layouts that cannot hold a trained weight take all of them in codes. Of
@@ -83,7 +115,7 @@ class Bench:
         dense_steps = settings.steps if layout is None else settings.steps // 2 if layout == LAYOUTS["2 bits"] else 0
         if dense_steps:
             first = replace(settings, steps=dense_steps)
-            losses = train(model, self.names, self.hierarchy, pairs, first, checkpoint.with_suffix(".dense.pt"))
+            losses = self.train(model, pairs, first, checkpoint.with_suffix(".dense.pt"))
         if layout is None:
             return model, losses, None
         inputs = self.names.batches(*CALIBRATION, self.options.seed, self.options.device) if layout == LAYOUTS["2 bits"] else None
@@ -92,7 +124,7 @@ class Bench:
             coded = copy.deepcopy(start) if len(self.options.code_lr) > 1 else start
             rest = replace(settings, steps=settings.steps - dense_steps, seed=settings.seed + 1, lr=rate)
             torch.manual_seed(rest.seed)
-            more = train(coded, self.names, self.hierarchy, pairs, rest, checkpoint.with_suffix(f".codes-{rate:g}.pt"))
+            more = self.train(coded, pairs, rest, checkpoint.with_suffix(f".codes-{rate:g}.pt"))
             rbe_torch.finish_training(coded)
             valid = 0.0
             if len(self.options.code_lr) > 1:
@@ -102,10 +134,15 @@ class Bench:
             tried.append((valid, coded, losses + more, rate))
         return max(tried, key=lambda entry: entry[0])[1:]
 
-    def points(self, model: HbBertModel) -> torch.Tensor:
+    def train(self, model: nn.Module, pairs: Pairs, settings: Options, checkpoint: Path | None = None) -> list[float]:
+        """Prints after 20 steps what the run will take."""
+        pace = Pace(settings.steps)
+        return train(model, self.names, self.hierarchy, pairs, settings, checkpoint, report=pace, optimiser_for=optimiser_with_head)
+
+    def points(self, model: nn.Module) -> torch.Tensor:
         return encode_all(model, self.names)
 
-    def f1(self, model: HbBertModel, points: torch.Tensor, parts: Split, kind: str) -> dict[str, float]:
+    def f1(self, model: nn.Module, points: torch.Tensor, parts: Split, kind: str) -> dict[str, float]:
         """lambda and threshold chosen on the validation pairs."""
         judged = [
             features(model.manifold, points, pairs, negatives(self.hierarchy, pairs, kind, seed=number))
@@ -114,7 +151,7 @@ class Bench:
         rule, validation = best_rule(*judged[0])
         return {"validation": validation, "test": f1_by(rule, *judged[1]), "lambda": rule.weight}
 
-    def f1_of_both_tasks(self, model: HbBertModel, points: torch.Tensor) -> dict[str, dict[str, float]]:
+    def f1_of_both_tasks(self, model: nn.Module, points: torch.Tensor) -> dict[str, dict[str, float]]:
         """A model that was trained on the mixed-hop pairs, judged by all that were held out and by the indirect ones of them alone."""
         mixed = self.splits["mixed"]
         direct = set(self.hierarchy.edges)
@@ -126,22 +163,27 @@ class Bench:
         return {f"{task} {kind}": self.f1(model, points, parts[task], kind) for task in TASKS for kind in NEGATIVES}
 
 
+class Pace:
+    """Called after each step of a run: prints once, from the mean of PACED steps after the first WARM ones, how long it will take."""
+
+    WARM, PACED = 5, 15
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.times = steps, []
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) == self.WARM + self.PACED:
+            each = (self.times[-1] - self.times[self.WARM - 1]) / self.PACED
+            rest = each * (self.steps - step) / 60
+            print(f"step {step} of {self.steps}: {each:.3f} s a step, {rest:.1f} minutes to the end of this run", flush=True)
+
+
 def arguments_of(space: str, bert: nn.Module) -> dict[str, Any]:
-    """What HbBertModel.from_pretrained takes for a row."""
-    given = dict(SPACES[space])
-    if "curvature" in given:
-        given["curvature"] /= bert.config.hidden_size
-    return given
-
-
-def scaled(bert: nn.Module, factor: float) -> nn.Module:
-    """A copy whose last hidden states, and with them their mean, are `factor` times those of `bert`: the last LayerNorm takes it."""
-    bert = copy.deepcopy(bert)
-    norm = bert.encoder.layer[-1].output.LayerNorm
-    with torch.no_grad():
-        norm.weight *= factor
-        norm.bias *= factor
-    return bert
+    """What HbBertModel.from_pretrained takes for a row without a head."""
+    kind = SPACES[space]
+    c = kind.curvature / bert.config.hidden_size
+    return {"manifold": MANIFOLD, "mode": kind.mode, "curvature": c, "learnable_curvature": kind.learnable}
 
 
 def find(hierarchy: Hierarchy, word: str) -> int:
@@ -156,5 +198,5 @@ def to_codes(model: nn.Module, layout: str, calibration: list[dict[str, torch.Te
     """Compressed, in training form."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that rbe22_g64 holds nothing of a trained weight: the row shows it
-        rbe_torch.compress(model, layout, calibration=calibration, progress=False)
+        rbe_torch.compress(model.encoder if isinstance(model, Projected) else model, layout, calibration=calibration, progress=False)
     return rbe_torch.prepare_training(model)

@@ -24,6 +24,7 @@ from typing import Any
 
 import hbbert
 import hbbert_bench
+import hbbert_head
 import numpy as np
 import torch
 from harness import cpu_name, table
@@ -31,8 +32,8 @@ from torch import nn
 
 import rbe_torch
 from rbe_torch import models
-from rbe_torch.hyperbolic import HbBertForSequenceClassification, HbBertModel
-from rbe_torch.hyperbolic.training import Options, optimiser_of, train
+from rbe_torch.hyperbolic import HbBertForSequenceClassification
+from rbe_torch.hyperbolic.training import Options, optimiser_of
 
 LAYOUT = "rbe8x2_g8"
 FINE = 0.25  # rate of the fine-tuning after QAT
@@ -60,7 +61,8 @@ def stages(
     dense = start
     note("dense", dense, learn(dense, 0, 1.0))
     coded = copy.deepcopy(dense)
-    rbe_torch.compress(coded, LAYOUT, calibration=calibration, progress=False)
+    linears = coded.encoder if isinstance(coded, hbbert_head.Projected) else coded  # not the head
+    rbe_torch.compress(linears, LAYOUT, calibration=calibration, progress=False)
     note("PTQ", coded, [])
     for number, (stage, factor) in enumerate((("QAT", 1.0), ("QAT + fine-tuning", FINE)), 1):
         rbe_torch.prepare_training(coded)
@@ -95,7 +97,7 @@ def sst2(options: argparse.Namespace) -> dict[str, Any]:
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(options.seed))[: options.steps * options.batch].tolist()
     dev, dev_labels = read_sst2(options.data / "sst2" / "dev.tsv")
     torch.manual_seed(options.seed)
-    bert = hbbert_bench.scaled(models.load_dense(source), hbbert_bench.SCALE[options.space])
+    bert = models.load_dense(source)
     model = HbBertForSequenceClassification.from_pretrained(bert, **hbbert_bench.arguments_of(options.space, bert)).to(options.device)
 
     def batches(texts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
@@ -138,11 +140,11 @@ def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
     bench = hbbert_bench.Bench(options)
     parts = bench.splits["mixed"]
 
-    def learn(model: HbBertModel, number: int, factor: float) -> list[float]:
+    def learn(model: nn.Module, number: int, factor: float) -> list[float]:
         settings = replace(bench.settings, lr=rate_of(model, options) * factor, seed=options.seed + number)
-        return train(model, bench.names, bench.hierarchy, parts.train, settings)
+        return bench.train(model, parts.train, settings)
 
-    def judge(model: HbBertModel) -> float:
+    def judge(model: nn.Module) -> float:
         return float(np.mean([found["test"] for found in bench.f1_of_both_tasks(model, bench.points(model)).values()]))
 
     calibration = bench.names.batches(*hbbert_bench.CALIBRATION, options.seed, options.device)
@@ -152,10 +154,12 @@ def hierarchy(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds sst2/train.tsv and sst2/dev.tsv")
-    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="ours")
+    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="hit", help="default hit; SST-2 wants one without a head")
     parser.add_argument("--controls", action="store_true", help="also train the dense model on for as many steps")
     parser.add_argument("--task", choices=("sst2", "hierarchy"), action="append", help="only this one")
     options = parser.parse_args()
+    if hbbert_bench.SPACES[options.space].dims is not None and "sst2" in (options.task or ["sst2"]):
+        raise SystemExit(f"--space: {options.space!r} has a head of its own, which SST-2's classifier cannot use; add --task hierarchy")
     torch.set_num_threads(options.threads)
     options.steps, options.batch = options.steps or 80, options.batch or 16
     rows, results = [], {}

@@ -1,8 +1,9 @@
 """Two pictures of a trained Hb-BERT: a part of WordNet's tree in the Poincare disk, and distance from the origin against depth.
 
-Reads the points that benchmarks/hbbert.py left in OUT for the dense rows of --seed (the spaces that have one). They lie in 384 dimensions. For the disk each
-gets a point of two, with the distances to the others and to the origin that the model has, as nearly as Riemannian Adam finds them
-(hyperbolic multidimensional scaling; the title says how nearly). Edges are geodesics. The second picture shows the points themselves.
+Reads the points that benchmarks/hbbert.py left in OUT for the dense rows of --seed (the spaces that have one). They lie in 8 or 384
+dimensions. For the disk each gets a point of two, with the distances to the others and to the origin that the model has, as nearly as
+Riemannian Adam finds them (hyperbolic multidimensional scaling; the title says how nearly). Edges are geodesics. The second picture shows
+the points themselves.
 """
 
 from __future__ import annotations
@@ -106,18 +107,18 @@ def draw_norms(bench: hbbert_bench.Bench, panels: dict[str, tuple[Tensor, Lorent
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--tree", default="carnivore", help="the noun whose descendants the disk shows; default carnivore")
-    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="ours", help="of the disk; default ours")
+    parser.add_argument("--space", choices=tuple(hbbert_bench.SPACES), default="ours 8", help="of the disk; default ours 8")
     options = parser.parse_args()
     bench = hbbert_bench.Bench(options)
     panels = {}
-    for space, arguments in hbbert_bench.SPACES.items():
+    for space in hbbert_bench.SPACES:
         file, row = (path(options, space, "dense", options.seed) for path in (hbbert.points_of, hbbert.file_of))
         if not file.is_file() or not row.is_file():
             continue
         points = torch.load(file, weights_only=True)
         if len(points) != len(bench.hierarchy.names):
             raise SystemExit(f"{file} holds {len(points)} points, the nouns below {options.below!r} are {len(bench.hierarchy.names)}")
-        panels[space] = (points, MANIFOLDS[arguments["manifold"]](json.loads(row.read_text())["row"]["curvature"]))
+        panels[space] = (points, MANIFOLDS[hbbert_bench.MANIFOLD](json.loads(row.read_text())["row"]["curvature"]))
     if options.space not in panels:
         missing = f"has no dense row of {options.space} and seed {options.seed}"
         raise SystemExit(f"--out: {options.out} {missing}; run benchmarks/hbbert.py --out {options.out} first")

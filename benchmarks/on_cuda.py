@@ -72,23 +72,24 @@ def replay_seconds(calls: Sequence[Callable[[], object]]) -> tuple[float, float]
     return min(samples), statistics.median(samples)
 
 
-def measure_device() -> Device:
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    big = torch.randn(COLD_BYTES // 4, device="cuda")
-    fma = 8192**3 / replay_seconds([lambda: a @ a])[0]
+def measure_device(size: int = 8192, cold_bytes: int = COLD_BYTES) -> Device:
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    big = torch.randn(cold_bytes // 4, device="cuda")
+    fma = size**3 / replay_seconds([lambda: a @ a])[0]
     return Device(torch.cuda.get_device_name(), torch.__version__, str(torch.version.cuda), str(show_config()["cuda"]),
-                  COLD_BYTES / replay_seconds([lambda: big.sum()])[0], fma)  # fmt: skip
+                  cold_bytes / replay_seconds([lambda: big.sum()])[0], fma)  # fmt: skip
 
 
 def with_backward(f: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], dy: torch.Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(f(*leaves), leaves, dy)
 
 
-def run_case(text: str, m: int, n: int, tokens: int, backward: bool, device: Device) -> dict[str, object]:
+def run_case(text: str, m: int, n: int, tokens: int, backward: bool, device: Device, cold_bytes: int = COLD_BYTES) -> dict[str, object]:
+    """A row: every contestant's seconds for one product, after a check against the decoded weight."""
     layout = Layout.parse(text)
     row_bytes = layout.packed_row_bytes(n)
     cold = tokens <= COLD_TOKENS
-    many = lambda each: max(2, math.ceil(COLD_BYTES / each)) if cold else 1
+    many = lambda each: max(2, math.ceil(cold_bytes / each)) if cold else 1
     x = torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16)
     basis, gain = torch.randn(layout.stages, 256, layout.group, device="cuda"), torch.rand(m, device="cuda") + 0.5
     codes = [torch.randint(0, 256, (m, row_bytes), device="cuda", dtype=torch.uint8) for _ in range(many(m * row_bytes))]
@@ -144,8 +145,11 @@ def run_case(text: str, m: int, n: int, tokens: int, backward: bool, device: Dev
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     """Bars: speed-up over the faster dense contestant, one a case, with the line at 1."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: pip install matplotlib")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -163,19 +167,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON and the picture")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--divide", type=int, default=1, help="sizes and tokens divided by this, to try the program; times then mean nothing")
     arguments = parser.parse_args()
+    by = arguments.divide
+    if by < 1:
+        parser.error(f"--divide was {by}; must be at least 1")
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/on_cuda.py: needs a CUDA device; torch finds none")
     torch.manual_seed(0)
     chosen = [case for case in CASES if arguments.only in " ".join(map(str, case))]
     if not chosen:
         raise SystemExit(f"--only {arguments.only!r} leaves no case")
-    device = measure_device()
+    cold_bytes = COLD_BYTES // by**2
+    device = measure_device(8192 // by, cold_bytes)
     print(f"{device.name}, torch {device.torch}, CUDA {device.cuda}; measured: read {device.read_bytes_per_second / 1e9:.0f} GB/s, "
           f"bfloat16 {device.fma_per_second / 1e12:.0f} T multiply-adds/s")  # fmt: skip
     rows = []
-    for case in chosen:
-        rows.append(run_case(*case, device))
+    for layout, m, n, tokens, backward in chosen:
+        rows.append(run_case(layout, m // by, n // by, max(1, tokens // by), backward, device, cold_bytes))
         torch.cuda.empty_cache()
         print(*rows[-1].values(), sep="  ", flush=True)
     print("\n" + harness.table(rows, list(rows[0])))

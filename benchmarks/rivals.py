@@ -2,14 +2,20 @@
 bits a weight it takes.
 
 round, gptq   b-bit integers with a scale and a zero point (fp16, b bits) for every 64 weights of a row; the range is the one of 20 shrinks
-of min..max that
-              loses least. gptq feeds errors forward under X^T X (Frantar et al. 2022), column after column
-nf4           the 16 quantiles of a normal distribution, a fp16 scale for every 64 weights (Dettmers et al. 2023) hqq           the package
-hqq, its optimised zero points, 64 weights a group quanto        the package optimum-quanto, its own groups (128) Nothing of this belongs
-to rbe_torch. hqq and optimum-quanto: pip install --no-deps --target DIR hqq optimum-quanto termcolor ninja; PYTHONPATH=DIR.
+              of min..max that loses least. gptq feeds errors forward under X^T X (Frantar et al. 2022), column after column
+nf4           the 16 quantiles of a normal distribution, a fp16 scale for every 64 weights (Dettmers et al. 2023)
+hqq           the package hqq, its optimised zero points, 64 weights a group
+quanto        the package optimum-quanto, its own groups (128)
+aqlm          the quantiser of AQLM's repository (Egiazarian et al. 2024): additive code-books of a layer, 8 bits for 8 weights each, codes
+              by beam search under X^T X in turn with gradient steps on code-books and scales
+
+Nothing of this belongs to rbe_torch. hqq and optimum-quanto: pip install --no-deps --target DIR hqq optimum-quanto termcolor ninja;
+PYTHONPATH=DIR. The package aqlm can only run what was quantised: aqlm needs a clone of github.com/Vahe1994/AQLM (e79a896) in PYTHONPATH.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from torch import Tensor
@@ -69,6 +75,12 @@ def gptq(weight: Tensor, factor: Tensor, bits: int) -> Tensor:
     return decoded
 
 
+def gptq_published(weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
+    """gptq under raw X^T X [n, n] with damping 0.01."""
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    return gptq(weight, torch.linalg.cholesky(damped.double().flip(0, 1)).flip(0, 1).float(), bits)
+
+
 def nf4(weight: Tensor) -> Tensor:
     groups = weight.reshape(-1, GROUP)
     scale = groups.abs().amax(-1, keepdim=True).half().float().clamp(min=1e-8)
@@ -93,3 +105,21 @@ def quanto(weight: Tensor, bits: int) -> tuple[Tensor, float]:
     scale, shift = MaxOptimizer()(weight, qtype={2: qint2, 4: qint4}[bits], axis=0, group_size=128)
     made = quantize_weight(weight, {2: qint2, 4: qint4}[bits], 0, scale, shift, 128)
     return made.dequantize().float(), bits + 32 / 128
+
+
+def aqlm(weight: Tensor, hessian: Tensor, codebooks: int, epochs: int) -> tuple[Tensor, float]:
+    """AQEngine.quantize under raw X^T X, with the settings of AQLM's readme (stop below 1 % gain an epoch, rate 1e-4, 100 steps an epoch,
+    beam of 1), at most `epochs`; code-books are counted, one set a layer, as AQLM stores them."""
+    from aq_engine import AQEngine
+
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight.clone()
+    engine = AQEngine(layer)
+    engine.XTX = (hessian / hessian.diagonal().mean()).double()
+    settings = argparse.Namespace(
+        devices=[torch.device("cpu")], out_group_size=1, in_group_size=8, num_codebooks=codebooks, nbits_per_codebook=8,
+        codebook_value_nbits=16, codebook_value_num_groups=1, scale_nbits=0, init_max_iter=100, init_max_points_per_centroid=None,
+        lr=1e-4, max_epochs=epochs, steps_per_epoch=100, relative_mse_tolerance=0.01, print_frequency=1000, beam_size=1,
+    )  # fmt: skip
+    made = engine.quantize(args=settings, verbose=False)
+    return made().detach(), made.estimate_nbits_per_parameter()

@@ -7,7 +7,8 @@ minutes as given.
 
 Without --text it reads the glosses of WordNet 3.0 (package wordnet-base, /usr/share/wordnet/data.*, 10 MB); other texts: dict-gcide,
 bible-kjv-text. The last twentieth of the lines, in an order drawn with a seed, is held out as OUT/valid.txt, the rest is OUT/train.txt.
-OUT is a transformers directory with a tokenizer. An interrupted run goes on from OUT/state.pt.
+OUT is a transformers directory with a tokenizer. An interrupted run goes on from OUT/state.pt; with as few --minutes as it has had already
+it is written as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import harness  # noqa: E402
 import torch  # noqa: E402
 
 CONTEXT, BATCH, RATE, WARM_UP = 256, 16, 1e-3, 100
+SHOWN_EVERY = 120  # seconds; what showing takes is not counted
 BYTES_FROM = 3  # ByT5's ids: byte + 3
 
 
@@ -45,7 +47,7 @@ def tokens_of(path: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, tokens: torch.Tensor, windows: int = 64) -> float:
+def validate(model: torch.nn.Module, tokens: torch.Tensor, windows: int) -> float:
     """Mean loss a byte over windows evenly spaced."""
     starts = torch.linspace(0, len(tokens) - CONTEXT - 1, windows).long()
     total = 0.0
@@ -126,12 +128,10 @@ def main() -> int:
         step += 1
         now = time.monotonic()
         spent, last = spent + now - last, now
-        if now - shown > 30 or spent >= seconds:
+        if now - shown > SHOWN_EVERY or spent >= seconds:
             shown = now
-            print(
-                f"step {step}, {spent:.0f} s of {seconds:.0f}: loss {float(loss.detach()):.3f}, held out {validate(model, valid):.3f} a byte",
-                flush=True,
-            )
+            held = validate(model, valid, 16)
+            print(f"step {step}, {spent:.0f} s of {seconds:.0f}: loss {float(loss.detach()):.3f}, held out {held:.3f} a byte", flush=True)
             torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "seconds": spent, "step": step}, state)
             last = time.monotonic()
     model.eval().save_pretrained(options.out)
@@ -143,7 +143,7 @@ def main() -> int:
         "steps": step,
         "seconds": spent,
         "train_bytes": len(train),
-        "valid_loss_a_byte": validate(model, valid),
+        "valid_loss_a_byte": validate(model, valid, 64),
     }
     (options.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(facts)

@@ -20,10 +20,12 @@ extern "C" {
 enum {
     RBE_PLACES_AHEAD = 8,
     RBE_LANES = 64,  // rows of interleaved codes that stand side by side
+    RBE_SCORE_LANES = 16,
     RBE_DIGIT_STAGES = 16,
     RBE_HALF_CODES = 16,  // codes whose sum is a short one in float16
     RBE_HALF_SUM = 256,   // codes that are summed in float16 at all
     RBE_HALF_BOUND = 5,   // |P| <= 2^5 in float16: 256 codes of at most exp(2) = 7.4 times that stay below 65504
+    RBE_HALF_WIDTH = 128,  // most tokens of a tile of the backward in float16
 };
 
 // What turns a sum of the half-precision path into y: sum * unscale[t] * gain[i] + bias[i]; bias may be NULL.
@@ -82,6 +84,20 @@ typedef struct rbe_kernels {
     // C[r, c] (+)= sum over e of A[r*a_row + e*a_col] B[e*b_row + c],  r < rows, e < depth, c < cols.
     void (*gemm)(int64_t rows, int64_t depth, int64_t cols, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
                  float *c, int64_t c_row, bool accumulate);
+
+    // score[r, j] = <v_r, b_j> - half[j], or |<v_r, b_j> inverse[j]| if half is NULL, for r < rows and all 256 vectors b_j of basis
+    // [depth][256]; v_r[e] at v[r*v_row + e]. top[r]: the largest; most[r, l], l < RBE_SCORE_LANES: that of the scores j = l, l + 16, ...
+    void (*scores)(int64_t rows, int64_t depth, const float *v, int64_t v_row, const float *basis, const float *half, const float *inverse,
+                   float *score, float *most, float *top);
+
+    // Of base[r] - 2 score[r, j], or base[r] - score[r, j]^2: a number that at least `want` of them do not exceed, and not many more.
+    float (*score_limit)(int64_t rows, const float *base, bool squared, const float *most, int want);
+
+    // The j, in rising order, with score[j] >= limit, j < 256; returns how many.
+    int64_t (*at_least)(const float *score, float limit, int32_t *at);
+
+    // out[r][c] += e[r, i] matrix[i*matrix_row + c] for i = 0, 1, ... < depth, each product and sum rounded; r < rows, c < cols; e [rows, depth].
+    void (*add_rows)(int64_t rows, int64_t depth, const float *e, const float *matrix, int64_t matrix_row, int64_t cols, float *const *out);
 
     // y[i, 0..W) = (y[i] if not first) + sum over q < count of scale[i,q] P[q, idx[i,q], 0..W), then * gain[i] + bias[i] if gain is given.
     // idx and scale rows are code_row apart; P is [count][256][W]; scale NULL means 1; bias may be NULL. W is width or 2 * width.
@@ -179,11 +195,24 @@ typedef struct rbe_kernels {
                       uint16_t *y, bool first);
     // out[i, t] = (out[i, t] if not first) + sums[i, t], made y where finish is given
     void (*half_widen)(int64_t rows, int64_t w, const uint16_t *sums, const rbe_half_finish *finish, float *out, bool first);
-    // P in float16 on the matrix unit, NULL where there is none: operands of rbe_half_size values from basis [256][g] and from x [tokens <= W][g], whose
-    // rows are multiplied by scale. Between split_begin and split_end.
-    void (*half_basis)(int64_t g, const float *basis, uint16_t *out);
+    // P in float16 on the matrix unit, NULL where there is none: operands of rbe_half_size values from a matrix [rows in whole 32][depth] and from
+    // x [tokens <= W][g], whose rows are multiplied by scale; P[j, t] is multiplied by lanes[t] unless that is NULL. Between split_begin and split_end.
+    void (*half_basis)(int64_t rows, int64_t depth, const float *basis, uint16_t *out);
     void (*half_tokens)(int64_t tokens, int64_t g, int64_t w, const float *x, int64_t x_row, const float *scale, int pieces, uint16_t *out);
-    void (*half_table)(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, uint16_t *p);
+    void (*half_table)(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, const float *lanes, uint16_t *p);
+
+    // The backward in half precision, W = 64 or RBE_HALF_WIDTH tokens at a time, of use where both units are; avx512/half_backward__avx512fp16.c and
+    // half_products__avx512amx.c have the formulas and operands. out[c*W + t] = float16(scale[t] a[t, c]), t < 32, zero for tokens that do not exist.
+    void (*half_turn)(int64_t tokens, int64_t cols, const float *a, int64_t a_row, const float *scale, int64_t w, uint16_t *out);
+    // As table_backward, for at most 65536 rows: a place is its row and, in the high half, its factor. d[p] = (d[p] if not first) + unscale * dot; dP leaves
+    // as two operands of 256 * W values.
+    void (*half_backward)(const int32_t *start, const uint32_t *place, const uint16_t *dy, const uint16_t *p, int64_t w, float unscale, float *d,
+                          bool first, uint16_t *dp_rows, uint16_t *dp_cols);
+    // A step of 32 tokens of x [tokens][cols] as an operand of rbe_half_step values.
+    void (*half_columns)(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *scale, uint16_t *out);
+    // dx [g in whole 32][W] (+)= turned basis * dP;  dbasis[j*row + e] += dP * x for `cols` columns, over steps of 32 tokens. As gemm_split.
+    void (*half_dx)(int64_t g, int64_t w, const uint16_t *turned, const uint16_t *dp_cols, float *dx, bool first);
+    void (*half_dbasis)(int64_t steps, int64_t cols, const uint16_t *dp_rows, const uint16_t *x, int64_t x_step, float *dbasis, int64_t row);
 } rbe_kernels;
 
 // Steps of 64 columns, four groups side by side, that hold `cols` columns.
@@ -193,6 +222,7 @@ static inline int64_t rbe_digit_steps(int64_t g, int64_t cols) { return (((cols 
 static inline int64_t rbe_digit_whole(int64_t g) { return (g & -g) < 16 ? 64 / (g & -g) : 4; }
 
 static inline int64_t rbe_half_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1024; }
+static inline int64_t rbe_half_step(int64_t cols) { return (cols + 31) / 32 * 1024; }
 static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }
 
 // Every function of every ISA that was built, by name; ops/dispatch.c makes the tables.
@@ -206,6 +236,10 @@ static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { retu
     void rbe_transpose__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                          \
     void rbe_transpose_stream__##isa(const float *, int64_t, int64_t, int64_t, float *, int64_t, int64_t);                                   \
     void rbe_gemm__##isa(int64_t, int64_t, int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, bool);        \
+    void rbe_scores__##isa(int64_t, int64_t, const float *, int64_t, const float *, const float *, const float *, float *, float *, float *); \
+    float rbe_score_limit__##isa(int64_t, const float *, bool, const float *, int);                                                          \
+    int64_t rbe_at_least__##isa(const float *, float, int32_t *);                                                                            \
+    void rbe_add_rows__##isa(int64_t, int64_t, const float *, const float *, int64_t, int64_t, float *const *);                              \
     void rbe_table_rows__##isa(int64_t, int64_t, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, bool,             \
                                const float *, const float *);                                                                                \
     void rbe_table_token__##isa(int64_t, int64_t, int64_t, int64_t, const float *, const float *, float *);                                  \
@@ -253,9 +287,15 @@ float rbe_largest__avx512fp16(int64_t count, const float *x);
 void rbe_half_rows__avx512fp16(int64_t rows, int64_t count, const uint8_t *idx, const uint16_t *scale, int64_t code_row, const uint16_t *p, int64_t w,
                                uint16_t *y, bool first);
 void rbe_half_widen__avx512fp16(int64_t rows, int64_t w, const uint16_t *sums, const rbe_half_finish *finish, float *out, bool first);
-void rbe_half_basis__avx512amx(int64_t g, const float *basis, uint16_t *out);
+void rbe_half_basis__avx512amx(int64_t rows, int64_t depth, const float *basis, uint16_t *out);
 void rbe_half_tokens__avx512amx(int64_t tokens, int64_t g, int64_t w, const float *x, int64_t x_row, const float *scale, int pieces, uint16_t *out);
-void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, uint16_t *p);
+void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, const float *lanes, uint16_t *p);
+void rbe_half_turn__avx512fp16(int64_t tokens, int64_t cols, const float *a, int64_t a_row, const float *scale, int64_t w, uint16_t *out);
+void rbe_half_backward__avx512fp16(const int32_t *start, const uint32_t *place, const uint16_t *dy, const uint16_t *p, int64_t w, float unscale, float *d,
+                                   bool first, uint16_t *dp_rows, uint16_t *dp_cols);
+void rbe_half_columns__avx512amx(int64_t tokens, int64_t cols, const float *x, int64_t x_row, const float *scale, uint16_t *out);
+void rbe_half_dx__avx512amx(int64_t g, int64_t w, const uint16_t *turned, const uint16_t *dp_cols, float *dx, bool first);
+void rbe_half_dbasis__avx512amx(int64_t steps, int64_t cols, const uint16_t *dp_rows, const uint16_t *x, int64_t x_step, float *dbasis, int64_t row);
 
 #ifdef __cplusplus
 }

@@ -59,40 +59,46 @@ static void finish_rows(int64_t begin, int64_t end, void *context) {
     rbe_scratch_end(mark);
 }
 
+enum { STRETCH = 512 };
+
 // dbias = sum over t of dy, a stretch of rows of W, token after token
 static void sum_tokens(int64_t begin, int64_t end, void *context) {
-    enum { STRETCH = 256 };
     const finish *f = context;
     const rbe_job *job = &f->backward->job;
-    float dy[STRETCH], *out = f->out->bias;
+    const bool rows = rbe_is_rows(job->y);
+    float copy[STRETCH], *out = f->out->bias;
     for (int64_t i = begin * STRETCH; i < rbe_min(end * STRETCH, job->w->rows); i += STRETCH) {
         const int64_t some = rbe_min(STRETCH, job->w->rows - i);
         memset(out + i, 0, (size_t)some * sizeof *out);
         for (int64_t t = 0; t < job->y->rows; ++t) {
-            rbe_load_rows(job->kernels, job->y, t, 1, i, some, dy, STRETCH);
-            job->kernels->add_scaled(some, 1.0f, dy, out + i);
+            if (!rows) rbe_load_rows(job->kernels, job->y, t, 1, i, some, copy, STRETCH);
+            job->kernels->add_scaled(some, 1.0f, rows ? (const float *)job->y->data + t * job->y->row_stride + i : copy, out + i);
         }
     }
 }
 
 static rbe_status run(const rbe_kernels *kernels, const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
-                      const rbe_parallel *threads, rbe_error *err) {
+                      bool fast, const rbe_parallel *threads, rbe_error *err) {
     rbe_status status = RBE_OK;
-    const bool by_table = rbe_plan_backward(kernels, &w->layout, w->rows, w->cols, x->rows) == RBE_PATH_TABLE;
+    const rbe_path path = rbe_plan_backward(kernels, &w->layout, w->rows, w->cols, x->rows, fast);
+    const bool by_table = path != RBE_PATH_DECODE;
     const bool wants_d = out->scale || out->amplitude || (out->gain && by_table);  // decoded, dgain needs no D of each code
     const int64_t places = w->rows * rbe_codes_a_row(w), basis = w->layout.stages * (int64_t)RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    rbe_backward_job backward = {.job = {.kernels = kernels, .w = w, .x = x, .y = dy, .threads = threads, .fast = rbe_is_fast(RBE_ACCURACY_AUTO, x->dtype)}, .dx = out->dx, .dbasis = out->basis};
+    rbe_backward_job backward = {.job = {.kernels = kernels, .w = w, .x = x, .y = dy, .threads = threads, .fast = fast},
+                                 .dx = out->dx, .dbasis = out->basis};
     if (wants_d && !(backward.d = rbe_scratch_take(places, sizeof(float)))) status = rbe_out_of_memory(err);
     if (status == RBE_OK) {
         if (backward.d) memset(backward.d, 0, (size_t)places * sizeof(float));
         if (backward.dbasis) memset(backward.dbasis, 0, (size_t)basis * sizeof(float));
         if (!by_table && (backward.gain = out->gain)) memset(backward.gain, 0, (size_t)w->rows * sizeof(float));
         if (out->dx || backward.d || backward.dbasis || backward.gain)
-            status = by_table ? rbe_backward_table(&backward, err) : rbe_backward_decode(&backward, err);
+            status = path == RBE_PATH_TABLE_HALF ? rbe_backward_half(&backward, err)
+                     : by_table                  ? rbe_backward_table(&backward, err)
+                                                 : rbe_backward_decode(&backward, err);
     }
     finish f = {&backward, out};
-    if (status == RBE_OK && out->bias) rbe_run(threads, (w->rows + 255) / 256, 1, sum_tokens, &f);
+    if (status == RBE_OK && out->bias) rbe_run(threads, (w->rows + STRETCH - 1) / STRETCH, 1, sum_tokens, &f);
     if (status == RBE_OK && wants_d) rbe_run(threads, w->rows, 16, finish_rows, &f);
     if (status == RBE_OK && atomic_load(&backward.job.failed)) status = rbe_out_of_memory(err);
     rbe_scratch_end(mark);
@@ -100,10 +106,12 @@ static rbe_status run(const rbe_kernels *kernels, const rbe_weight *w, const rbe
 }
 
 rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
-                               const rbe_parallel *threads, rbe_error *err) {
+                               rbe_accuracy accuracy, const rbe_parallel *threads, rbe_error *err) {
     const rbe_kernels *kernels;
     rbe_status status = rbe_choose_kernels(&kernels, err);
     if (status == RBE_OK) status = check(w, dy, x, out, err);
+    if (status == RBE_OK && (unsigned)accuracy > RBE_ACCURACY_FAST)
+        return rbe_fail(err, RBE_BAD_ARGUMENT, "accuracy: %d is not auto, exact or fast", (int)accuracy);
     if (status != RBE_OK) return status;
     if (w->real == RBE_F64) {
         rbe_reference_linear_backward(w, dy, x, out);
@@ -112,7 +120,7 @@ rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const 
     const rbe_scratch_mark mark = rbe_scratch_begin();
     rbe_weight rows;
     status = rbe_as_packed(kernels, w, threads, &rows, err);
-    if (status == RBE_OK) status = run(kernels, &rows, dy, x, out, threads, err);
+    if (status == RBE_OK) status = run(kernels, &rows, dy, x, out, rbe_is_fast(accuracy, x->dtype), threads, err);
     rbe_scratch_end(mark);
     return status;
 }

@@ -13,17 +13,14 @@
 
 enum {
     PARTS = 16,
-    SORTED = 16,  // codes of a row sorted together, so that a line of unpacked codes is read once
     STRIP = 32,   // rows or columns of dP that are split together
     DY_BYTES = 1280 << 10  // of a tile of dy, read at random: what L2 holds beside the rest
 };
 
 typedef struct pass {
     rbe_backward_job *backward;
-    rbe_codes codes;
-    int32_t *start, *row;  // [K*M][257], [K*M][m]
-    float *factor, *d;     // [K*M][m]: gain * scale and D of a place
-    float *dbasis;         // [parts][M][256][g]
+    rbe_sorted sorted;
+    float *dbasis;  // [parts][M][256][g]
     int64_t parts;
     const uint16_t *basis, *turned;  // the basis split for P and for dx, or NULL
     // of the tile at hand
@@ -39,38 +36,6 @@ typedef struct buffers {
     float *p;                              // [256][width]: P, then dP in its place
     uint16_t *x, *rows, *dp_rows, *dp_cols;  // split; of dP a piece at a time
 } buffers;
-
-static void sort_codes(int64_t begin, int64_t end, void *context) {
-    const pass *s = context;
-    const rbe_weight *w = s->backward->job.w;
-    const float *gain = w->gain;
-    const int64_t m = w->rows, codes = rbe_codes_a_row(w);
-    int32_t next[SORTED][RBE_BASIS_VECTORS];
-    for (int64_t q0 = begin * SORTED; q0 < rbe_min(end * SORTED, codes); q0 += SORTED) {
-        const int64_t some = rbe_min(SORTED, codes - q0), at = q0 / SORTED * s->codes.step, stride = s->codes.row;
-        memset(next, 0, sizeof next);
-        for (int64_t i = 0; i < m; ++i)
-            for (int64_t q = 0; q < some; ++q) ++next[q][s->codes.idx[at + i * stride + q]];
-        for (int64_t q = 0; q < some; ++q) {
-            int32_t *start = s->start + (q0 + q) * (RBE_BASIS_VECTORS + 1), sum = 0;
-            for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
-                start[j] = sum;
-                sum += next[q][j];
-                next[q][j] = start[j];
-            }
-            start[RBE_BASIS_VECTORS] = sum;
-        }
-        for (int64_t i = 0; i < m; ++i) {
-            const uint8_t *idx = s->codes.idx + at + i * stride;
-            const float *scale = s->codes.scale ? s->codes.scale + at + i * stride : NULL;
-            for (int64_t q = 0; q < some; ++q) {
-                const int64_t place = (q0 + q) * m + next[q][idx[q]]++;
-                s->row[place] = (int32_t)i;
-                s->factor[place] = scale ? gain[i] * scale[q] : gain[i];
-            }
-        }
-    }
-}
 
 // Both tiles, cut into the same number of stretches.
 static void load_tiles(int64_t begin, int64_t end, void *context) {
@@ -136,8 +101,8 @@ static void backward_group(const pass *s, int64_t k, const buffers *b, float *db
     for (int64_t stage = 0; stage < w->layout.stages; ++stage) {
         const int64_t q = k * w->layout.stages + stage;
         if (s->backward->d) fill_table(s, b, stage, column, depth);
-        s->backward->job.kernels->table_backward(s->start + q * (RBE_BASIS_VECTORS + 1), s->row + q * m, s->factor + q * m, s->dy, b->p,
-                                                 s->width, s->d + q * m, b->p);
+        s->backward->job.kernels->table_backward(s->sorted.start + q * (RBE_BASIS_VECTORS + 1), s->sorted.row + q * m, s->sorted.factor + q * m, s->dy,
+                                                 b->p, s->width, s->sorted.d + q * m, b->p);
         (s->turned ? spread_split : spread)(s, b, stage, column, depth, dbasis ? dbasis + stage * RBE_BASIS_VECTORS * g : NULL);
     }
 }
@@ -201,28 +166,14 @@ static void run_tiles(pass *s, float *rows, float *dx) {
     }
 }
 
-// D back from the sorted lists to [m][K*M], a line of it at a time.
-static void unsort(int64_t begin, int64_t end, void *context) {
-    const pass *s = context;
-    const rbe_weight *w = s->backward->job.w;
-    const int64_t m = w->rows, codes = rbe_codes_a_row(w);
-    for (int64_t q = begin * SORTED; q < rbe_min(end * SORTED, codes); ++q)
-        for (int64_t p = q * m; p < (q + 1) * m; ++p) s->backward->d[s->row[p] * codes + q] = s->d[p];
-}
-
 rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     rbe_job *job = &backward->job;
     const rbe_weight *w = job->w;
-    const int64_t codes = rbe_codes_a_row(w), places = codes * w->rows, blocks = (codes + SORTED - 1) / SORTED;
     const int64_t basis = w->layout.stages * RBE_BASIS_VECTORS * w->layout.group;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.backward = backward, .parts = rbe_min(PARTS, w->groups), .width = 4 * job->kernels->width};
     if (w->rows > DY_BYTES / 4 / s.width) s.width /= 2;
-    const rbe_status status = rbe_unpack_codes(job->kernels, w, SORTED, false, job->threads, &s.codes, err);
-    s.start = rbe_scratch_take(codes * (RBE_BASIS_VECTORS + 1), sizeof *s.start);
-    s.row = rbe_scratch_take(places + RBE_PLACES_AHEAD, sizeof *s.row);
-    s.factor = rbe_scratch_take(places, sizeof *s.factor);
-    s.d = rbe_scratch_take(places, sizeof *s.d);
+    const rbe_status status = rbe_sort_codes(job->kernels, w, false, job->threads, &s.sorted, err);
     s.x = rbe_scratch_take(w->cols * s.width, sizeof *s.x);
     s.dy = rbe_scratch_take(w->rows * s.width, sizeof *s.dy);
     if (backward->dbasis) s.dbasis = rbe_scratch_take(s.parts * basis, sizeof *s.dbasis);
@@ -232,15 +183,12 @@ rbe_status rbe_backward_table(rbe_backward_job *backward, rbe_error *err) {
     if (split) s.turned = rbe_split_basis_turned(job->kernels, w);
     const bool tables = rbe_wants_split(job->kernels, w->layout.group, 32);
     if (tables) s.basis = rbe_split_basis(job->kernels, w);
-    const bool room = s.start && s.row && s.factor && s.d && s.x && s.dy && (s.dbasis || !backward->dbasis) && (rows || rbe_is_rows(job->x)) &&
+    const bool room = s.x && s.dy && (s.dbasis || !backward->dbasis) && (rows || rbe_is_rows(job->x)) &&
                       (dx || !copied) && (s.turned || !split) && (s.basis || !tables);
     if (status == RBE_OK && room) {
-        rbe_run(job->threads, blocks, 1, sort_codes, &s);
-        memset(s.d, 0, (size_t)places * sizeof *s.d);
-        memset(s.row + places, 0, RBE_PLACES_AHEAD * sizeof *s.row);
         if (s.dbasis) memset(s.dbasis, 0, (size_t)(s.parts * basis) * sizeof *s.dbasis);
         run_tiles(&s, rows, dx);
-        if (backward->d) rbe_run(job->threads, blocks, 1, unsort, &s);
+        if (backward->d) rbe_unsort(backward, &s.sorted);
         for (int64_t part = 0; s.dbasis && part < s.parts; ++part) job->kernels->add_scaled(basis, 1.0f, s.dbasis + part * basis, backward->dbasis);
     }
     rbe_scratch_end(mark);

@@ -10,9 +10,9 @@ static bool has_f16c(void) {  // clang's __builtin_cpu_supports does not know it
 }
 
 static bool has_float16(void) {
-    enum { FLOAT16 = 1 << 23 };
+    enum { FLOAT16 = 1 << 23, BF16_CONVERSIONS = 1 << 5 };
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & FLOAT16);
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & FLOAT16) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & BF16_CONVERSIONS);
 }
 #endif
 

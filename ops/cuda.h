@@ -52,6 +52,7 @@ typedef enum rbe_cuda_path {
     RBE_CUDA_TOKEN,        // a table in memory, up to 16 tokens
     RBE_CUDA_TILES,        // the table of a tile of tokens on the chip, half types
     RBE_CUDA_GATHER,       // the table by cuBLASLt, float32
+    RBE_CUDA_FRAGMENTS,    // W decoded into the registers of tensor cores, half types, groups of 8 without a scale
     RBE_CUDA_DECODE_MMA,   // W decoded on the chip, half types
     RBE_CUDA_DECODE_GEMM,  // W decoded into memory, cuBLASLt
 } rbe_cuda_path;

@@ -34,8 +34,11 @@ rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, c
     RBE_TRY(check(w, dy, x, out, err));
     if (x->rows == 0) return zero_all(w, out, device, err);
     rbe_cuda_weight bound;
-    const bool apart = w->layout.residual == RBE_RESIDUAL_LOWRANK;
-    const rbe_weight codes = apart ? rbe_cuda_without_residual(w) : *w;
+    const bool low_rank = w->layout.residual == RBE_RESIDUAL_LOWRANK;
+    rbe_weight codes = low_rank ? rbe_cuda_without_residual(w) : *w;
+    const bool by_table = rbe_cuda_plan_backward_table(&codes.layout, x->dtype, w->rows, w->cols, x->rows);
+    const bool apart = low_rank || (by_table && w->layout.residual != RBE_RESIDUAL_NONE);
+    if (apart) codes = rbe_cuda_without_residual(w);
     RBE_TRY(rbe_cuda_bind(&codes, device, &bound, err));
     const bool wants_d = out->scale || out->amplitude || out->gain;
     const int64_t places = bound.count * bound.pitch;
@@ -50,7 +53,6 @@ rbe_status rbe_cuda_linear_backward(const rbe_weight *w, const rbe_matrix *dy, c
     RBE_TRY(rbe_cuda_take(device, places, rbe_cuda_bytes(w->real), &b.scale, err));
     if (wants_d) RBE_TRY(rbe_cuda_take(device, places, rbe_cuda_bytes(w->real), &b.d, err));
     RBE_LAUNCH(rbe_cu_unpack(&bound.codes, bound.pitch, b.idx, b.scale, NULL, device->stream), err);
-    const bool by_table = rbe_cuda_plan_backward_table(&codes.layout, x->dtype, w->rows, w->cols, x->rows);
     RBE_TRY(by_table ? rbe_cuda_backward_by_table(&b, err) : rbe_cuda_backward_dense(&b, err));
     if (apart && out->dx) {
         const rbe_cu_matrix dx = {out->dx->data, x->dtype, x->rows, w->cols, w->cols};

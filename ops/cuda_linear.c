@@ -105,12 +105,29 @@ static rbe_status decode_mma(const job *j, rbe_error *err) {
     return RBE_OK;
 }
 
+static rbe_status fragments(const job *j, rbe_error *err) {
+    enum { VECTOR = 16 };
+    const rbe_weight *w = j->w->w;
+    const int64_t splits = rbe_cu_fragments_splits(&j->w->codes, j->x.rows);
+    const int64_t bytes = rbe_cu_fragments_padded(&j->w->codes);
+    void *arranged;
+    uint8_t *padded = NULL;
+    float *partial = NULL;
+    RBE_TRY(rbe_cuda_take(j->device, rbe_cu_fragments_arranged(&j->w->codes, j->x.rows), VECTOR, &arranged, err));
+    if (bytes) RBE_TRY(rbe_cuda_take(j->device, bytes, 1, &padded, err));
+    if (splits > 1) RBE_TRY(rbe_cuda_take(j->device, splits * j->x.rows * w->rows, sizeof *partial, &partial, err));
+    RBE_LAUNCH(rbe_cu_fragments(&j->w->codes, &j->x, w->basis, w->gain, j->bias, &j->y, arranged, padded, splits, partial, j->device->stream), err);
+    if (splits > 1) RBE_LAUNCH(rbe_cu_finish_product(partial, RBE_F32, splits, w->gain, j->bias, &j->y, j->device->stream), err);
+    return RBE_OK;
+}
+
 static rbe_status run_codes(const job *j, rbe_error *err) {
     switch (rbe_cuda_plan(&j->w->w->layout, j->x.dtype, j->w->codes.rows, j->w->codes.cols, j->x.rows)) {
         case RBE_CUDA_LOOKUP: return lookup(j, err);
         case RBE_CUDA_TOKEN: return token(j, err);
         case RBE_CUDA_TILES: return tiles(j, err);
         case RBE_CUDA_GATHER: return gather(j, err);
+        case RBE_CUDA_FRAGMENTS: return fragments(j, err);
         case RBE_CUDA_DECODE_MMA: return decode_mma(j, err);
         default: return decode_gemm(j, err);
     }

@@ -3,7 +3,9 @@
 // Low rank, all types: y += ((x B^T) right_scale) (A scale)^T, and dx += ((dy A) scale) (B right_scale). A and B are widened to the type of
 // x, once a call; int8 is exact there.
 // int8 and fp8, forward of the class `fast`: each token of x is rounded to int8 or e4m3 with a scale of its own, the product is taken in
-// eight bits, and y += token's scale * row's scale * sum.
+// eight bits, and y += token's scale * row's scale * sum. cuBLASLt's own scales are one number a matrix, but for rows and tokens from version
+// 12.9 on sm_90 alone, so ours are applied to the sums.
+// int8 and fp8, backward of codes by table: dx += dy R, R widened to the type of dy.
 #include "cuda_residual.h"
 
 enum { TILE = 16 };  // what tensor cores of eight bits want of every dimension and address
@@ -39,7 +41,7 @@ typedef struct side {
 
 static rbe_status widen(const side *s, bool scaled, rbe_dtype dtype, const rbe_device *device, void **out, rbe_error *err) {
     RBE_TRY(rbe_cuda_take(device, s->rows * s->cols, rbe_cuda_bytes(dtype), out, err));
-    RBE_LAUNCH(rbe_cu_widen(s->bytes, s->rows, s->cols, scaled ? s->scale : NULL, s->rank_is_row, *out, dtype, device->stream), err);
+    RBE_LAUNCH(rbe_cu_widen(s->bytes, false, s->rows, s->cols, scaled ? s->scale : NULL, s->rank_is_row, *out, dtype, device->stream), err);
     return RBE_OK;
 }
 
@@ -102,6 +104,27 @@ static rbe_status add_eight_bits(const rbe_weight *w, const rbe_cu_matrix *x, co
     return RBE_OK;
 }
 
+// dx += dy R with R in the type of dy, in pieces of rows that take a workspace at most.
+static rbe_status add_widened_dx(const rbe_weight *w, const rbe_cu_matrix *dy, const rbe_cu_matrix *dx, const rbe_device *device, rbe_error *err) {
+    const bool e4m3 = w->layout.residual == RBE_RESIDUAL_FP8;
+    const int64_t size = (int64_t)rbe_cuda_bytes(dy->dtype), piece = rbe_cuda_smaller(w->rows, rbe_cuda_workspace() / size / w->cols + 1);
+    void *dense;
+    RBE_TRY(rbe_cuda_take(device, piece * w->cols, (size_t)size, &dense, err));
+    for (int64_t i = 0; i < w->rows; i += piece) {
+        const int64_t rows = rbe_cuda_smaller(piece, w->rows - i);
+        RBE_LAUNCH(rbe_cu_widen((const char *)w->residual.values + i * w->cols, e4m3, rows, w->cols, w->residual.scale + i, true, dense, dy->dtype,
+                                device->stream),
+                   err);
+        const rbe_gemm product = {
+            .m = dy->rows, .n = w->cols, .k = rows, .batch = 1, .a = {(const char *)dy->data + i * size, dy->stride, 0, false},
+            .b = {dense, w->cols, 0, false}, .c = dx->data, .c_stride = dx->stride, .in = (int32_t)dy->dtype, .out = (int32_t)dx->dtype,
+            .accumulate = true,
+        };
+        RBE_TRY(rbe_cuda_gemm(&product, device, err));
+    }
+    return RBE_OK;
+}
+
 rbe_status rbe_cuda_add_residual(const rbe_weight *w, const rbe_cu_matrix *x, const rbe_cu_matrix *y, bool tf32, const rbe_device *device,
                                  rbe_error *err) {
     if (eight_bits(&w->layout)) return add_eight_bits(w, x, y, device, err);
@@ -111,6 +134,7 @@ rbe_status rbe_cuda_add_residual(const rbe_weight *w, const rbe_cu_matrix *x, co
 
 rbe_status rbe_cuda_add_residual_dx(const rbe_weight *w, const rbe_cu_matrix *dy, const rbe_cu_matrix *dx, const rbe_device *device,
                                     rbe_error *err) {
+    if (eight_bits(&w->layout)) return add_widened_dx(w, dy, dx, device, err);
     const side a = left(w), b = right(w);
     return two_products(dy, &a, &b, w->layout.rank, dx, false, device, err);
 }

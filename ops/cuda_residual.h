@@ -9,7 +9,7 @@ bool rbe_cuda_residual_apart(const rbe_weight *w, rbe_dtype x, int64_t tokens, r
 // The same weight without it.
 rbe_weight rbe_cuda_without_residual(const rbe_weight *w);
 
-// y += x residual^T; dx += dy residual (low rank alone). x, dy, y and dx of one type.
+// y += x residual^T; dx += dy residual. x, dy, y and dx of one type.
 rbe_status rbe_cuda_add_residual(const rbe_weight *w, const rbe_cu_matrix *x, const rbe_cu_matrix *y, bool tf32, const rbe_device *device,
                                  rbe_error *err);
 rbe_status rbe_cuda_add_residual_dx(const rbe_weight *w, const rbe_cu_matrix *dy, const rbe_cu_matrix *dx, const rbe_device *device,

@@ -13,7 +13,8 @@
     {.isa = #isa_, .name = #isa_, .width = width_, .unpack = rbe_unpack__##isa_, .amplitude_gradient = rbe_amplitude_gradient__##isa_,       \
      .bf16_to_f32 = rbe_bf16_to_f32__##isa_, .f16_to_f32 = rbe_f16_to_f32__##isa_, .f32_to_bf16 = rbe_f32_to_bf16__##isa_,                   \
      .f32_to_f16 = rbe_f32_to_f16__##isa_, .transpose = rbe_transpose__##isa_, .transpose_stream = rbe_transpose_stream__##isa_, .gemm = rbe_gemm__##isa_,                                     \
-     .table_rows = rbe_table_rows__##isa_, .table_token = rbe_table_token__##isa_, .table_dot = rbe_table_dot__##isa_,                       \
+     .scores = rbe_scores__##isa_, .score_limit = rbe_score_limit__##isa_, .at_least = rbe_at_least__##isa_,                                                       \
+     .add_rows = rbe_add_rows__##isa_, .table_rows = rbe_table_rows__##isa_, .table_token = rbe_table_token__##isa_, .table_dot = rbe_table_dot__##isa_,                       \
      .decode_row = rbe_decode_row__##isa_, .dot_rows = rbe_dot_rows__##isa_, .table_backward = rbe_table_backward__##isa_,                   \
      .scatter_row = rbe_scatter_row__##isa_, .add_scaled = rbe_add_scaled__##isa_, .add_scaled_i8 = rbe_add_scaled_i8__##isa_,               \
      .add_lookup = rbe_add_lookup__##isa_}
@@ -31,7 +32,7 @@ static const rbe_kernels avx512vbmi = {
 #ifdef RBE_HAVE_AVX512FP16
 static const rbe_kernels avx512fp16 = {
     .isa = "avx512", .name = "avx512fp16", .largest = rbe_largest__avx512fp16, .half_rows = rbe_half_rows__avx512fp16,
-    .half_widen = rbe_half_widen__avx512fp16};
+    .half_widen = rbe_half_widen__avx512fp16, .half_turn = rbe_half_turn__avx512fp16, .half_backward = rbe_half_backward__avx512fp16};
 #endif
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
                                       .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
@@ -41,7 +42,8 @@ static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .spl
                                       .digits_multiply = rbe_digits_multiply__avx512amx, .digits_stream = rbe_digits_stream__avx512amx,
                                       .digits_order = rbe_digits_order__avx512amx,
                                       .half_basis = rbe_half_basis__avx512amx, .half_tokens = rbe_half_tokens__avx512amx,
-                                      .half_table = rbe_half_table__avx512amx};
+                                      .half_table = rbe_half_table__avx512amx, .half_columns = rbe_half_columns__avx512amx,
+                                      .half_dx = rbe_half_dx__avx512amx, .half_dbasis = rbe_half_dbasis__avx512amx};
 #endif
 #ifdef RBE_HAVE_NEON
 static const rbe_kernels neon = TABLE(neon, 4);

@@ -6,8 +6,7 @@
 // Sweeps. Given all other groups, e_k minimises e_k H_kk e_k^T + 2 e_k l, l = (e H)_k - e_k H_kk; with H_kk = U U^T that is
 // |(w_k U + l U^-T) - q_k U|^2: the same search again. A group keeps its codes unless the loss falls.
 // A block of rows goes through the groups together, so that a turned basis and g rows of H serve all of them.
-#include <math.h>
-
+#include "dispatch.h"
 #include "encode.h"
 
 enum { BLOCK = 64 };
@@ -16,6 +15,7 @@ typedef struct job {
     const rbe_weight *w;
     const rbe_matrix *dense;
     const rbe_calibration *c;
+    const rbe_kernels *kernels;
     int32_t *words;
     atomic_bool failed, indefinite;
 } job;
@@ -23,21 +23,13 @@ typedef struct job {
 // Of one thread.
 typedef struct worker {
     job *j;
-    rbe_weight turned;     // w with the turned basis
-    float *basis;          // that basis [M, 256, g]
-    rbe_encoder encoder;
+    rbe_encoder encoder;   // of the turned basis
+    double *basis;         // as it is, element-major [M, g, 256]
     double *factor, *v;    // of the group at hand: F [depth, depth], target [g]
-    float *v32, *buffer, *step;
+    float *buffer, *step;  // step [BLOCK, g]: changes of the errors of a group
+    float *moved[BLOCK];   // rows of `pull` that they concern
     float *error, *pull;   // [BLOCK, n]: E, and c or E H
 } worker;
-
-// out[begin..n) += sum over i of e[i] matrix[i, begin..n)
-HOT static void add_rows(int64_t depth, const float *e, const float *matrix, int64_t n, int64_t begin, float *out) {
-    for (int64_t i = 0; i < depth; ++i) {
-        const float factor = e[i], *row = matrix + i * n;
-        for (int64_t j = begin; j < n; ++j) out[j] += factor * row[j];
-    }
-}
 
 // q = gain * sum of vectors of a group's words
 static void reconstruct(const rbe_weight *w, double gain, const int32_t *words, int64_t depth, double *q) {
@@ -73,17 +65,23 @@ static bool factor_block(const float *matrix, int64_t n, int64_t first, int64_t 
     return true;
 }
 
-// The basis times F, zero beyond the columns that exist, and the search's tables of it.
-static void turn_basis(worker *t, int64_t depth) {
-    const rbe_weight *w = t->j->w;
-    const int64_t g = w->layout.group, count = (int64_t)w->layout.stages * RBE_BASIS_VECTORS;
-    for (int64_t b = 0; b < count; ++b) {
-        for (int64_t e = 0; e < g; ++e) {
-            double sum = 0;
-            for (int64_t i = 0; i <= e && e < depth; ++i) sum += rbe_real_at(w->basis, w->real, b * g + i) * t->factor[i * depth + e];
-            t->basis[b * g + e] = (float)sum;
+// out = the vectors times F, zero beyond the columns that exist; rounded to float32.
+HOT static void turn(int64_t g, int64_t depth, const double *factor, const double *basis, double *out) {
+    double sum[RBE_BASIS_VECTORS];
+    for (int64_t e = 0; e < g; ++e) {
+        for (int j = 0; j < RBE_BASIS_VECTORS; ++j) sum[j] = 0;
+        for (int64_t i = 0; i <= e && e < depth; ++i) {
+            const double f = factor[i * depth + e], *column = basis + i * RBE_BASIS_VECTORS;
+            for (int j = 0; j < RBE_BASIS_VECTORS; ++j) sum[j] += column[j] * f;
         }
+        for (int j = 0; j < RBE_BASIS_VECTORS; ++j) out[e * RBE_BASIS_VECTORS + j] = (float)sum[j];
     }
+}
+
+static void turn_basis(worker *t, int64_t depth) {
+    const int64_t g = t->j->w->layout.group;
+    for (int64_t s = 0; s < t->j->w->layout.stages; ++s)
+        turn(g, depth, t->factor, t->basis + s * g * RBE_BASIS_VECTORS, t->encoder.columns + s * g * RBE_BASIS_VECTORS);
     rbe_encoder_fill(&t->encoder);
 }
 
@@ -99,15 +97,11 @@ static void search(worker *t, int64_t i, int64_t k, int64_t depth, double gain, 
     }
     if (w->layout.field == RBE_FIELD_RBE16S) {
         for (int64_t e = 0; e < depth; ++e) t->v[e] /= gain;
-        rbe_encode_signs(w, depth, t->factor, t->v, words);
+        rbe_encode_signs(w, depth, t->factor, t->basis, t->v, words);
         return;
     }
-    for (int64_t e = 0; e < depth; ++e) {
-        t->v[e] = t->v[e] / gain * t->encoder.unit;
-        t->v32[e] = (float)t->v[e];
-    }
-    if (stages == 1) words[0] = (int32_t)rbe_encode_stage(&t->encoder, depth, t->v, t->encoder.square, only[0]);
-    else rbe_encode_stages(&t->encoder, depth, t->v32, t->encoder.square32, only, t->buffer, words);
+    for (int64_t e = 0; e < depth; ++e) t->v[e] = t->v[e] / gain * t->encoder.unit;
+    rbe_encode_group(&t->encoder, 1, depth, t->v, &t->encoder.whole, only, t->buffer, &words);
 }
 
 static void feed_back(worker *t, int64_t begin, int64_t rows) {
@@ -133,9 +127,10 @@ static void feed_back(worker *t, int64_t begin, int64_t rows) {
             search(t, row, k, depth, gain, words);
             reconstruct(w, gain, words, depth, q);
             float *error = t->error + r * n + first;
-            for (int64_t e = 0; e < depth; ++e) error[e] = (float)(weight_at(t->j, row, first + e) - q[e]);
-            add_rows(depth, error, V + first * n, n, first + depth, t->pull + r * n);
+            for (int64_t e = 0; e < depth; ++e) t->step[r * depth + e] = error[e] = (float)(weight_at(t->j, row, first + e) - q[e]);
+            t->moved[r] = t->pull + r * n + first + depth;
         }
+        t->j->kernels->add_rows(rows, depth, t->step, V + first * n + first + depth, n, n - first - depth, t->moved);
     }
 }
 
@@ -159,6 +154,7 @@ static bool sweep(worker *t, int64_t begin, int64_t rows) {
         const int64_t depth = rbe_min(g, n - first);
         if (!factor_block(H, n, first, depth, t->factor)) return false;
         turn_basis(t, depth);
+        int64_t moved = 0;
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = begin + r;
             const double gain = rbe_real_at(w->gain, w->real, row);
@@ -182,11 +178,12 @@ static bool sweep(worker *t, int64_t begin, int64_t rows) {
             if (!(loss_of(H, n, first, depth, then, l) < loss_of(H, n, first, depth, now, l))) continue;
             for (int64_t s = 0; s < stages; ++s) words[s] = tried[s];
             for (int64_t e = 0; e < depth; ++e) {
-                t->step[e] = (float)(then[e] - error[e]);
+                t->step[moved * depth + e] = (float)(then[e] - error[e]);
                 error[e] = (float)then[e];
             }
-            add_rows(depth, t->step, H + first * n, n, 0, t->pull + r * n);
+            t->moved[moved++] = t->pull + r * n;
         }
+        t->j->kernels->add_rows(moved, depth, t->step, H + first * n, n, n, t->moved);
     }
     return true;
 }
@@ -209,8 +206,9 @@ static void encode_block(worker *t, int64_t begin, int64_t rows) {
     if (t->j->c->sweeps < 1) return;
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < n; ++i) t->pull[r * n + i] = 0;
-        add_rows(n, t->error + r * n, t->j->c->hessian, n, 0, t->pull + r * n);
+        t->moved[r] = t->pull + r * n;
     }
+    t->j->kernels->add_rows(rows, n, t->error, t->j->c->hessian, n, n, t->moved);
     for (int round = 0; round < t->j->c->sweeps; ++round) {
         if (!sweep(t, begin, rows)) {
             atomic_store(&t->j->indefinite, true);
@@ -224,20 +222,17 @@ static void encode_rows(int64_t begin, int64_t end, void *context) {
     const rbe_weight *w = j->w;
     const int64_t g = w->layout.group, n = w->cols, block = rbe_min(BLOCK, end - begin);
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    worker t = {.j = j, .turned = *w};
+    worker t = {.j = j, .encoder = {.w = w, .kernels = j->kernels}};
     t.basis = rbe_scratch_take((int64_t)w->layout.stages * RBE_BASIS_VECTORS * g, sizeof *t.basis);
     t.factor = rbe_scratch_take(g * g, sizeof *t.factor);
     t.v = rbe_scratch_take(g, sizeof *t.v);
-    t.v32 = rbe_scratch_take(g, sizeof *t.v32);
-    t.step = rbe_scratch_take(g, sizeof *t.step);
-    t.buffer = rbe_scratch_take((2 * RBE_ENCODE_BEAM + 1) * g, sizeof *t.buffer);
+    t.step = rbe_scratch_take(block * g, sizeof *t.step);
+    t.buffer = rbe_scratch_take(RBE_ENCODE_BUFFER * g, sizeof *t.buffer);
     t.error = rbe_scratch_take(block * n, sizeof *t.error);
     t.pull = rbe_scratch_take(block * n, sizeof *t.pull);
-    t.turned.basis = t.basis;
-    t.turned.real = RBE_F32;
-    t.encoder.w = &t.turned;
-    const bool whole = t.basis && t.factor && t.v && t.v32 && t.step && t.buffer && t.error && t.pull && rbe_encoder_take(&t.encoder);
+    const bool whole = t.basis && t.factor && t.v && t.step && t.buffer && t.error && t.pull && rbe_encoder_take(&t.encoder);
     if (!whole) atomic_store(&j->failed, true);
+    else rbe_encoder_columns(w, t.basis);
     for (int64_t row = begin; whole && row < end; row += BLOCK) encode_block(&t, row, rbe_min(BLOCK, end - row));
     rbe_scratch_end(mark);
 }
@@ -272,6 +267,8 @@ rbe_status rbe_encode_calibrated(const rbe_weight *w, const rbe_matrix *dense, c
     if (status == RBE_OK) status = check(w, calibration, err);
     if (status != RBE_OK) return status;
     job j = {.w = w, .dense = dense, .c = calibration, .words = words};
+    status = rbe_choose_kernels(&j.kernels, err);
+    if (status != RBE_OK) return status;
     rbe_run(threads, w->rows, rbe_share(threads, w->rows, 1), encode_rows, &j);
     if (atomic_load(&j.failed)) return rbe_out_of_memory(err);
     if (atomic_load(&j.indefinite)) return rbe_fail(err, RBE_BAD_ARGUMENT, "hessian: is not positive definite; must be (damp it)");

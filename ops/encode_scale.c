@@ -70,11 +70,11 @@ static void keep_nearer(rbe_nearest *best, double *distance, rbe_nearest candida
 }
 
 static rbe_nearest in_list(const rbe_nearest *list, int count, double target) {
-    int low = 0, high = count;  // the first value that is not below the target
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (list[middle].scale < target) low = middle + 1;
-        else high = middle;
+    int low = 0;  // the first value that is not below the target: halving without a branch that guesses
+    for (int length = count; length > 0;) {
+        const int half = length / 2, step = list[low + half].scale < target ? length - half : 0;
+        low += step;
+        length = half;
     }
     rbe_nearest best = {0};
     double distance = INFINITY;

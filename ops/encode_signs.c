@@ -12,6 +12,7 @@ typedef struct metric {
     int64_t depth;
     const double *factor;                  // F [depth, depth], upper triangular
     double square[RBE_ENCODE_SIGNS];       // |row i of F|^2, the diagonal of F F^T
+    const double *columns;                 // the basis element-major [M, g, 256]
 } metric;
 
 // rest += sign * (s o b) F
@@ -49,21 +50,30 @@ static double flip(const rbe_weight *w, const metric *f, int64_t stage, uint32_t
     return square_of(f->depth, rest);
 }
 
+// What every idx of a stage leaves of the target by the metric's diagonal.
+HOT static void rank(const metric *f, const double *target, const double *columns, double *value) {
+    for (int j = 0; j < RBE_BASIS_VECTORS; ++j) value[j] = 0;
+    for (int64_t i = 0; i < f->depth; ++i, columns += RBE_BASIS_VECTORS) {
+        const double size = fabs(target[i]), square = f->square[i];
+        for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
+            const double left = size - fabs(columns[j]);
+            value[j] += square * left * left;
+        }
+    }
+}
+
 // The best code of one stage for v; leaves v - (s o b) F in rest and returns its square.
 static double choose(const rbe_weight *w, const metric *f, int64_t stage, const double *v, uint32_t *word, double *rest) {
-    double target[RBE_ENCODE_SIGNS], bound[CANDIDATES], least = INFINITY;
+    double target[RBE_ENCODE_SIGNS], bound[CANDIDATES], values[RBE_BASIS_VECTORS], least = INFINITY;
     int idx[CANDIDATES], kept = 0;
     for (int64_t j = 0; j < f->depth; ++j) {  // target F = v
         double left = v[j];
         for (int64_t i = 0; i < j; ++i) left -= target[i] * f->factor[i * f->depth + j];
         target[j] = left / f->factor[j * f->depth + j];
     }
+    rank(f, target, f->columns + stage * RBE_ENCODE_SIGNS * RBE_BASIS_VECTORS, values);
     for (int j = 0; j < RBE_BASIS_VECTORS; ++j) {
-        double value = 0;
-        for (int64_t i = 0; i < f->depth; ++i) {
-            const double b = rbe_real_at(w->basis, w->real, (stage * RBE_BASIS_VECTORS + j) * RBE_ENCODE_SIGNS + i), left = fabs(target[i]) - fabs(b);
-            value += f->square[i] * left * left;
-        }
+        const double value = values[j];
         if (kept == CANDIDATES && !(value < bound[CANDIDATES - 1])) continue;
         int at = kept < CANDIDATES ? kept++ : CANDIDATES - 1;
         for (; at > 0 && value < bound[at - 1]; --at) {
@@ -91,8 +101,8 @@ static double choose(const rbe_weight *w, const metric *f, int64_t stage, const 
     return least;
 }
 
-void rbe_encode_signs(const rbe_weight *w, int64_t depth, const double *factor, const double *v, int32_t *words) {
-    metric f = {.depth = depth, .factor = factor};
+void rbe_encode_signs(const rbe_weight *w, int64_t depth, const double *factor, const double *columns, const double *v, int32_t *words) {
+    metric f = {.depth = depth, .factor = factor, .columns = columns};
     double rest[RBE_ENCODE_SIGNS], error = 0;
     for (int64_t i = 0; i < depth; ++i) {
         rest[i] = v[i];

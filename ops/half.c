@@ -22,21 +22,31 @@ int rbe_basis_exponent(const rbe_weight *w) {
     return exponent;
 }
 
-void rbe_half_scale(float most, int exponent, int bound, float *scale, float *unscale) {
-    enum { RANGE = 126 };  // powers of two whose inverse is a normal number too
+int rbe_half_power(float most, int exponent, int bound) {
     int own = 0;
-    *scale = *unscale = 1.0f;
-    if (most == 0.0f || !isfinite(most)) return;
+    if (most == 0.0f || !isfinite(most)) return 0;
     frexpf(most, &own);
-    const int power = bound - own - exponent, kept = power > RANGE ? RANGE : power < -RANGE ? -RANGE : power;
-    *scale = ldexpf(1.0f, kept);
-    *unscale = ldexpf(1.0f, -kept);
+    const int power = bound - own - exponent;
+    return power > RBE_HALF_RANGE ? RBE_HALF_RANGE : power < -RBE_HALF_RANGE ? -RBE_HALF_RANGE : power;
 }
 
 const uint16_t *rbe_half_basis(const rbe_kernels *kernels, const rbe_weight *w) {
     const int64_t g = w->layout.group, size = rbe_half_size(RBE_BASIS_VECTORS, g);
     uint16_t *basis = rbe_scratch_take(w->layout.stages * size, sizeof *basis);
     for (int64_t s = 0; basis && s < w->layout.stages; ++s)
-        kernels->half_basis(g, (const float *)w->basis + s * RBE_BASIS_VECTORS * g, basis + s * size);
+        kernels->half_basis(RBE_BASIS_VECTORS, g, (const float *)w->basis + s * RBE_BASIS_VECTORS * g, basis + s * size);
     return basis;
+}
+
+const uint16_t *rbe_half_basis_turned(const rbe_kernels *kernels, const rbe_weight *w) {
+    const int64_t g = w->layout.group, size = rbe_half_size((g + 31) / 32 * 32, RBE_BASIS_VECTORS);
+    uint16_t *basis = rbe_scratch_take(w->layout.stages * size, sizeof *basis);
+    const rbe_scratch_mark mark = rbe_scratch_begin();
+    float *turned = rbe_scratch_take(g * RBE_BASIS_VECTORS, sizeof *turned);
+    for (int64_t s = 0; basis && turned && s < w->layout.stages; ++s) {
+        kernels->transpose((const float *)w->basis + s * RBE_BASIS_VECTORS * g, g, RBE_BASIS_VECTORS, g, turned, RBE_BASIS_VECTORS, RBE_BASIS_VECTORS);
+        kernels->half_basis(g, RBE_BASIS_VECTORS, turned, basis + s * size);
+    }
+    rbe_scratch_end(mark);
+    return turned ? basis : NULL;
 }

@@ -4,6 +4,8 @@
 //
 // scale[t] is the power of two that keeps sums of RBE_HALF_CODES codes below float16's largest number whatever the codes are: |P| is at most
 // max |x[t]| times the largest sum of |basis[s, j]|. It is a token's own, so that no token changes the result of another.
+#include <math.h>
+
 #include "product.h"
 
 enum { TABLE_BYTES = 512 << 10, WIDTH = 64, CHUNK = 64, SIDE = 16 };  // P in L2; tokens; rows of y in L1; tokens that are loaded together
@@ -40,8 +42,11 @@ static void load_tokens(int64_t begin, int64_t end, void *context) {
         const int64_t some = rbe_max(0, rbe_min(SIDE, s->tokens - t)), row = copy ? n : x->row_stride;
         const float *rows = copy ? copy : (const float *)x->data + (s->t0 + t) * row;
         if (copy) rbe_load_rows(kernels, x, s->t0 + t, some, 0, n, copy, n);
-        for (int64_t i = 0; i < SIDE; ++i)
-            rbe_half_scale(i < some ? kernels->largest(n, rows + i * row) : 0.0f, s->largest, RBE_HALF_BOUND, &s->scale[t + i], &s->unscale[t + i]);
+        for (int64_t i = 0; i < SIDE; ++i) {
+            const int power = rbe_half_power(i < some ? kernels->largest(n, rows + i * row) : 0.0f, s->largest, RBE_HALF_BOUND);
+            s->scale[t + i] = ldexpf(1.0f, power);
+            s->unscale[t + i] = ldexpf(1.0f, -power);
+        }
         for (int64_t k = 0; s->basis && (k + 1) * g <= n; ++k)
             kernels->half_tokens(some, g, SIDE, rows + k * g, row, s->scale + t, s->pieces, s->x + k * size + t / SIDE * rbe_half_size(SIDE, g));
     }
@@ -66,7 +71,7 @@ static void fill_matrix_unit(const pass *s, int64_t k) {
     const rbe_layout *l = &s->job->w->layout;
     for (int64_t m = 0; m < l->stages; ++m)
         s->job->kernels->half_table(l->group, s->width, s->basis + m * rbe_half_size(RBE_BASIS_VECTORS, l->group),
-                                    s->x + (s->k0 + k) * rbe_half_size(s->width, l->group), s->pieces,
+                                    s->x + (s->k0 + k) * rbe_half_size(s->width, l->group), s->pieces, NULL,
                                     s->p + (k * l->stages + m) * RBE_BASIS_VECTORS * s->width);
 }
 
@@ -135,21 +140,13 @@ static bool tile(pass *s, const rbe_parallel *threads) {
     return room;
 }
 
-// Tokens begin*64 .. end*64; the last tile may be narrow.
-static bool tiles(const pass *shared, int64_t begin, int64_t end, const rbe_parallel *threads) {
-    for (int64_t i = begin; i < end; ++i) {
-        pass s = *shared;
-        s.t0 = i * WIDTH;
-        s.tokens = rbe_min(WIDTH, s.job->x->rows - s.t0);
-        s.width = s.tokens <= WIDTH / 2 ? WIDTH / 2 : WIDTH;
-        if (!tile(&s, threads)) return false;
-    }
-    return true;
-}
-
-static void tiles_of_thread(int64_t begin, int64_t end, void *context) {
-    const pass *s = context;
-    if (!tiles(s, begin, end, NULL)) atomic_store(&s->job->failed, true);
+// The tile of tokens from t0 on; the last one may be narrow.
+static bool tile_at(const void *shared, int64_t t0, const rbe_parallel *threads) {
+    pass s = *(const pass *)shared;
+    s.t0 = t0;
+    s.tokens = rbe_min(WIDTH, s.job->x->rows - t0);
+    s.width = s.tokens <= WIDTH / 2 ? WIDTH / 2 : WIDTH;
+    return tile(&s, threads);
 }
 
 rbe_status rbe_linear_half(rbe_job *job, rbe_error *err) {
@@ -157,22 +154,14 @@ rbe_status rbe_linear_half(rbe_job *job, rbe_error *err) {
     const rbe_layout *l = &w->layout;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.job = job, .pieces = rbe_half_pieces(job->x->dtype), .largest = rbe_basis_exponent(w)};
-    const int64_t count = (job->x->rows + WIDTH - 1) / WIDTH, codes_a_block = TABLE_BYTES / (RBE_BASIS_VECTORS * WIDTH * (int64_t)sizeof *s.p);
+    const int64_t codes_a_block = TABLE_BYTES / (RBE_BASIS_VECTORS * WIDTH * (int64_t)sizeof *s.p);
     s.block = rbe_min(w->groups, rbe_max(1, codes_a_block / l->stages));
     rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * l->stages, true, job->threads, &s.codes, err);
     if (status == RBE_OK && job->kernels->half_table && rbe_wants_split(job->kernels, l->group, 32)) {
         s.basis = rbe_half_basis(job->kernels, w);
         if (!s.basis) status = rbe_out_of_memory(err);
     }
-    if (status == RBE_OK) {
-        const int shares = rbe_thread_count(job->threads);
-        if (shares > 1 && count < 2 * shares) {
-            if (!tiles(&s, 0, count, job->threads)) atomic_store(&job->failed, true);
-        } else {
-            rbe_run(job->threads, count, 1, tiles_of_thread, &s);
-        }
-        if (atomic_load(&job->failed)) status = rbe_out_of_memory(err);
-    }
+    if (status == RBE_OK) status = rbe_run_token_tiles(job, WIDTH, tile_at, &s, err);
     rbe_scratch_end(mark);
     return status;
 }

@@ -3,8 +3,8 @@
 //     P[q, j, t] = sum over e of x[t, k*g + e] basis[s, j, e]                      a dense product, 256 rows a group and stage
 //     y[t, i]    = gain[i] * sum over q of scale[i,q] P[q, idx[i,q], t] + bias[i]
 //
-// A block of groups has its P in the L2 cache while all rows pass over it. Many tiles: a thread takes whole tiles. Few: the threads share the
-// groups, then the rows, of each tile. Every y is the same chain of operations either way.
+// A block of groups has its P in the L2 cache while all rows pass over it. Threads that share a tile share its groups, then its rows: every y is the
+// same chain of operations as on one thread.
 #include "product.h"
 
 enum { TABLE_BYTES = 512 << 10 };  // of P: what fits L2 beside the rows of y
@@ -96,29 +96,21 @@ static bool tile(pass *s, const rbe_parallel *threads) {
     return room;
 }
 
-// Tokens begin*wide .. end*wide; the last tile may be narrow.
-static bool tiles(const pass *shared, int64_t begin, int64_t end, const rbe_parallel *threads) {
-    const int64_t narrow = shared->job->kernels->width, wide = 2 * narrow;
-    for (int64_t i = begin; i < end; ++i) {
-        pass s = *shared;
-        s.t0 = i * wide;
-        s.tokens = rbe_min(wide, s.job->x->rows - s.t0);
-        s.width = s.tokens <= narrow ? narrow : wide;
-        if (!tile(&s, threads)) return false;
-    }
-    return true;
-}
-
-static void tiles_of_thread(int64_t begin, int64_t end, void *context) {
-    const pass *s = context;
-    if (!tiles(s, begin, end, NULL)) atomic_store(&s->job->failed, true);
+// The tile of tokens from t0 on; the last one may be narrow.
+static bool tile_at(const void *shared, int64_t t0, const rbe_parallel *threads) {
+    pass s = *(const pass *)shared;
+    const int64_t narrow = s.job->kernels->width;
+    s.t0 = t0;
+    s.tokens = rbe_min(2 * narrow, s.job->x->rows - t0);
+    s.width = s.tokens <= narrow ? narrow : 2 * narrow;
+    return tile(&s, threads);
 }
 
 rbe_status rbe_linear_table(rbe_job *job, rbe_error *err) {
     const rbe_weight *w = job->w;
     const rbe_scratch_mark mark = rbe_scratch_begin();
     pass s = {.job = job};
-    const int64_t wide = 2 * job->kernels->width, count = (job->x->rows + wide - 1) / wide;
+    const int64_t wide = 2 * job->kernels->width;
     const int64_t group_bytes = w->layout.stages * RBE_BASIS_VECTORS * wide * (int64_t)sizeof(float);
     s.block = rbe_min(w->groups, rbe_max(1, TABLE_BYTES / group_bytes));
     rbe_status status = rbe_unpack_codes(job->kernels, w, s.block * w->layout.stages, false, job->threads, &s.codes, err);
@@ -127,15 +119,7 @@ rbe_status rbe_linear_table(rbe_job *job, rbe_error *err) {
         s.pieces = rbe_pieces(job->x->dtype, job->fast);
         if (!s.basis) status = rbe_out_of_memory(err);
     }
-    if (status == RBE_OK) {
-        const int shares = rbe_thread_count(job->threads);
-        if (shares > 1 && count < 2 * shares) {
-            if (!tiles(&s, 0, count, job->threads)) atomic_store(&job->failed, true);
-        } else {
-            rbe_run(job->threads, count, 1, tiles_of_thread, &s);
-        }
-        if (atomic_load(&job->failed)) status = rbe_out_of_memory(err);
-    }
+    if (status == RBE_OK) status = rbe_run_token_tiles(job, wide, tile_at, &s, err);
     rbe_scratch_end(mark);
     return status;
 }

@@ -3,7 +3,7 @@
 #include <stdio.h>
 
 #include "dispatch.h"
-#include "plan.h"
+#include "product.h"
 
 enum { TOKENS_ONE_BY_ONE = 2, TOKENS_DOTTED = 6, TOKENS_LUT8 = 16, GROUP_LUT8 = 32, TOKENS_ONE_DIGIT = 32, COLUMNS_DIGITS = 2048 };
 
@@ -145,15 +145,17 @@ rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *l, int64_
     return plan_bytes(kernels, l, rows, cols, table, tokens, fast, form, cost, path);
 }
 
-rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens) {
+rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, int64_t tokens, bool fast) {
     const rbe_path wanted = forced;
+    const bool halves = fast && kernels->half_backward && kernels->half_dx && rows <= RBE_SORTED_ROWS;
     if (wanted == RBE_PATH_DECODE || !has_table(l)) return RBE_PATH_DECODE;
     if (wanted == RBE_PATH_TABLE) return RBE_PATH_TABLE;
+    if (wanted == RBE_PATH_TABLE_HALF && halves) return RBE_PATH_TABLE_HALF;
     const double weights = (double)rows * (double)cols, codes = weights / l->group * l->stages;
     const double lanes = tokens_in_tiles(kernels, tokens), lane = dense_lane(kernels, false);
     const double table = lanes * (3.0 * 256.0 * l->stages * (double)cols * lane + BACKWARD_LANE * codes) + codes * unpack_code(l);
     const double decode = weights * (2.5 * lane * lanes + 3.0 * decode_weight(kernels, l));
-    return table < decode ? RBE_PATH_TABLE : RBE_PATH_DECODE;
+    return table < decode ? halves ? RBE_PATH_TABLE_HALF : RBE_PATH_TABLE : RBE_PATH_DECODE;
 }
 
 int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, rbe_dtype x, rbe_accuracy accuracy,

@@ -26,7 +26,7 @@ typedef enum rbe_form { RBE_FORM_WORDS, RBE_FORM_PACKED, RBE_FORM_INTERLEAVED } 
 
 rbe_path rbe_plan_linear(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, bool fast,
                          rbe_form form);
-rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens);
+rbe_path rbe_plan_backward(const rbe_kernels *kernels, const rbe_layout *layout, int64_t rows, int64_t cols, int64_t tokens, bool fast);
 
 // Whether a product of these activations may round tables and weights: auto is exact for float32 and fast for the half types.
 static inline bool rbe_is_fast(rbe_accuracy accuracy, rbe_dtype x) {

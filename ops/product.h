@@ -68,6 +68,18 @@ bool rbe_take_row_buffers(const rbe_weight *w, int64_t groups, rbe_row_buffers *
 // Columns of groups k0 .. k0+groups-1 of a row, residual included. Leaves the codes' idx, scale and signs in the buffers.
 void rbe_decode_row(const rbe_kernels *kernels, const rbe_weight *w, int64_t row, int64_t k0, int64_t groups, rbe_row_buffers b, float *out);
 
+// The rows sorted by code (sorted.c): code j of q has the places start[q][j] .. start[q][j+1], a place its row and gain * scale. Either row and factor, or half.
+enum { RBE_SORTED_TOGETHER = 16 };  // codes of a row, so that a line of unpacked codes is read once
+enum { RBE_SORTED_ROWS = 1 << 16 };     // at most, in one word with a float16
+typedef struct rbe_sorted {
+    int32_t *start, *row;  // [K*M][257], [K*M][m] and RBE_PLACES_AHEAD more
+    float *factor;         // [K*M][m]
+    uint32_t *half;        // both in one: the row, and gain * scale / 2^unit in float16 in the high half
+    int unit;
+    float *d;  // [K*M][m]: D of a place, with row and factor cleared
+} rbe_sorted;
+rbe_status rbe_sort_codes(const rbe_kernels *kernels, const rbe_weight *w, bool half, const rbe_parallel *threads, rbe_sorted *out, rbe_error *err);
+
 // ---- matrix unit (weight.c) -------------------------------------------------------------------------------------------------
 // Whether a product gains by it: its depth comes in units of 32, rows and columns in units of 16, and what is padded is lost.
 static inline bool rbe_wants_split(const rbe_kernels *kernels, int64_t size, int64_t unit) {
@@ -86,9 +98,12 @@ const uint16_t *rbe_split_basis_turned(const rbe_kernels *kernels, const rbe_wei
 int rbe_basis_exponent(const rbe_weight *w);
 // bfloat16 pieces of an activation there: two hold a float16, one is all that a bfloat16 has and all that a float32 gets.
 static inline int rbe_half_pieces(rbe_dtype dtype) { return dtype == RBE_F16 ? 2 : 1; }
-// The power of two by which `most` times 2^exponent stays below 2^bound, and its inverse; 1 where most is 0 or not finite.
-void rbe_half_scale(float most, int exponent, int bound, float *scale, float *unscale);
-const uint16_t *rbe_half_basis(const rbe_kernels *kernels, const rbe_weight *w);  // [M][rbe_half_size(256, g)] in scratch; NULL when out of memory
+enum { RBE_HALF_RANGE = 126 };  // powers of two whose inverse is a normal float32 too
+// The power of two, within that range, by which `most` times 2^exponent stays below 2^bound; 0 where most is 0 or not finite.
+int rbe_half_power(float most, int exponent, int bound);
+// The basis for the matrix unit in scratch, [M][rbe_half_size(256, g)], or turned: [M][rbe_half_size(g in whole 32, 256)]; NULL when out of memory.
+const uint16_t *rbe_half_basis(const rbe_kernels *kernels, const rbe_weight *w);
+const uint16_t *rbe_half_basis_turned(const rbe_kernels *kernels, const rbe_weight *w);
 
 // ---- activations <-> float32 (tiles.c) --------------------------------------------------------------------------------------
 // out[t*out_row + j] = a[t0+t, j0+j]
@@ -116,6 +131,10 @@ typedef struct rbe_job {
     atomic_bool failed;  // out of memory in a thread
 } rbe_job;
 
+// One tile of `width` tokens from t0 on; threads NULL: all on this thread. False: out of memory.
+typedef bool (*rbe_tile_body)(const void *pass, int64_t t0, const rbe_parallel *threads);
+rbe_status rbe_run_token_tiles(rbe_job *job, int64_t width, rbe_tile_body tile, const void *pass, rbe_error *err);  // token_tiles.c
+
 rbe_status rbe_linear_table(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_half(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_token(rbe_job *job, rbe_error *err);
@@ -132,7 +151,9 @@ typedef struct rbe_backward_job {
     const rbe_matrix *dx;
     float *dbasis, *d, *gain;
 } rbe_backward_job;
+void rbe_unsort(rbe_backward_job *job, const rbe_sorted *sorted);  // D of places to job->d
 rbe_status rbe_backward_table(rbe_backward_job *job, rbe_error *err);
+rbe_status rbe_backward_half(rbe_backward_job *job, rbe_error *err);
 rbe_status rbe_backward_decode(rbe_backward_job *job, rbe_error *err);
 
 #endif

@@ -108,7 +108,7 @@ typedef struct rbe_gradients {
 
 // The diagonal-Jacobian backward: with D[i,k,s] = sum over t of dy[t,i] P[t,k,s,idx],
 // dscale = gain[i] D, damplitude = dscale * d scale/da (zero where it would push |a| beyond 1), dgain[i] = sum over k,s of scale D.
-rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out,
+rbe_status rbe_linear_backward(const rbe_weight *w, const rbe_matrix *dy, const rbe_matrix *x, const rbe_gradients *out, rbe_accuracy accuracy,
                                const rbe_parallel *threads, rbe_error *err);
 
 // ---- codes ------------------------------------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         wanted = sum(1 << i for i, position in enumerate(_GRADIENTS) if ctx.needs_input_grad[position])
-        keywords = {k: v for k, v in ctx.keywords.items() if k != "accuracy"}
-        got = _ops.linear_backward(dy, *ctx.saved_tensors, **keywords, wanted=wanted)
+        got = _ops.linear_backward(dy, *ctx.saved_tensors, **ctx.keywords, wanted=wanted)
         gradients: list[Any] = [None] * (TENSORS + 1)
         for i, position in enumerate(_GRADIENTS):
             if wanted >> i & 1:
@@ -80,6 +79,7 @@ class LinearBackward(torch.autograd.Function):
 
         keywords = dict(ctx.keywords)
         wanted = keywords.pop("wanted", 31)
+        keywords.pop("accuracy", None)
         dy, *tensors = ctx.saved_tensors
         chosen = [p for i, p in enumerate(_GRADIENTS) if wanted >> i & 1 and tensors[p] is not None]
         free = [p for p in _GRADIENTS if tensors[p] is not None]

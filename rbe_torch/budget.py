@@ -8,7 +8,8 @@ of what mixes can reach). The largest that fits is filled up with the single cha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,8 +259,8 @@ def _model_losses(
                     for layer in phase:
                         entry = entries[visit.stretch.full(layer)]
                         losses[entry.name] = {}
-                        for layout in layouts:
-                            with _weight_of(entry.module, decode_quickly(entry.module, layout, bases[_plain(layout)], moments)):
+                        for layout, weight, shift in decode_quickly(entry.module, layouts, bases, moments):
+                            with _changed(entry.module, weight, shift):
                                 parts = [
                                     float(distance(call.run(model), want, call.mask)) for call, want in zip(judges, wanted, strict=True)
                                 ]
@@ -273,15 +274,15 @@ def _model_losses(
     return losses
 
 
-class _weight_of:
-    """While it lasts the module multiplies by another weight [m, n]."""
-
-    def __init__(self, module: nn.Module, weight: Tensor) -> None:
-        self.parameter, self.old = module.weight, module.weight.data
-        self.new = (weight.t() if is_conv1d(module) else weight).to(self.old.device, self.old.dtype)
-
-    def __enter__(self) -> None:
-        self.parameter.data = self.new
-
-    def __exit__(self, *_: Any) -> None:
-        self.parameter.data = self.old
+@contextmanager
+def _changed(module: nn.Module, weight: Tensor, shift: Tensor | None) -> Iterator[None]:
+    """While it lasts the module multiplies by another weight [m, n] and adds `shift` [m] to its bias."""
+    old = [(parameter, parameter.data) for parameter in (module.weight, module.bias) if parameter is not None]
+    module.weight.data = (weight.t() if is_conv1d(module) else weight).to(module.weight)
+    if shift is not None:
+        module.bias.data = module.bias.data + shift.to(module.bias)
+    try:
+        yield
+    finally:
+        for parameter, values in old:
+            parameter.data = values

@@ -9,7 +9,7 @@ error as in GPTAQ (Li et al. 2025), alternation of codes and scales as in AQLM (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -257,12 +257,21 @@ def gather(visit: Visit, layer: str, n: int, device: torch.device) -> tuple[Mome
     return fit, held if float(held.weight) > 0 else None
 
 
-def decode_quickly(module: nn.Module, layout: Layout, basis: Tensor, moments: Moments) -> Tensor:
-    """The weight [m, n] that a layer would get, on the CPU, without sweeps, gain rounds and bias correction: to compare layouts."""
-    problem = problem_of(dense_weight(module), moments, DAMPINGS[1], module.bias is not None)
-    gain, codes = _first_codes(problem, layout, basis, 0)
-    n = problem.target.shape[1]
-    if layout.residual is None:
-        return _decode(codes, basis, gain, layout, n, 0)
-    residual = fit_residual(problem.target - _decode(codes, basis, gain, layout, n, 0), layout, problem.hessian, problem.factor)
-    return _decode(codes, basis, gain, layout, n, 0, residual)
+def decode_quickly(
+    module: nn.Module, layouts: Sequence[Layout], bases: dict[str, Tensor], moments: Moments
+) -> Iterator[tuple[Layout, Tensor, Tensor | None]]:
+    """To compare layouts: each with the weight [m, n] and what the bias gains [m], on the CPU, that a layer would get without sweeps and
+    gain rounds. bases: by the layout without its residual."""
+    centred, n = module.bias is not None, features(module)[0]
+    problem = problem_of(dense_weight(module), moments, DAMPINGS[1], centred)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for layout in layouts:
+        plain = str(layout).partition("+")[0]
+        if plain not in found:
+            found[plain] = _first_codes(problem, layout, bases[plain], 0)
+        gain, codes = found[plain]
+        decoded = _decode(codes, bases[plain], gain, layout, n, 0)
+        if layout.residual is not None:
+            residual = fit_residual(problem.target - decoded, layout, problem.hessian, problem.factor)
+            decoded = _decode(codes, bases[plain], gain, layout, n, 0, residual)
+        yield layout, decoded, problem.shift_of(decoded) if centred else None

@@ -136,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--learn-curvature", action="store_true", help="train the curvature too")
     entry.add_argument("--task", choices=("multi", "mixed"), default="multi", help="test on indirect pairs (default), or on held-out direct ones too")
     entry.add_argument("--steps", type=_count, default=1000, help="default 1000")
+    entry.add_argument("--dense-steps", type=_count, metavar="N", help="of these, before the compression to L; default half, or none where L cannot hold a trained weight")
     entry.add_argument("--batch", type=_count, default=32, help="pairs a step, default 32")
     entry.add_argument("--lr", type=_positive, help="default 1e-4, or 5e-4 for codes")
     entry.add_argument("--seed", type=_seed, default=0)

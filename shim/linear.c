@@ -85,18 +85,20 @@ static rbe_status finish_gradient(rbe_call *call, const gradient *g, rbe_dtype r
 }
 
 rbe_status rbe_op_linear_backward(rbe_call *call) {
-    enum { DY, X, CODES, BASIS, GAIN, BIAS, AMPLITUDE, RESIDUAL, LAYOUT = RESIDUAL + 4, ROUNDED = LAYOUT + 5, WANTED };
+    enum { DY, X, CODES, BASIS, GAIN, BIAS, AMPLITUDE, RESIDUAL, LAYOUT = RESIDUAL + 4, ROUNDED = LAYOUT + 5, WANTED, ACCURACY };
     enum { WANT_DX = 1, WANT_BASIS = 2, WANT_GAIN = 4, WANT_BIAS = 8, WANT_AMPLITUDE = 16 };
     static const rbe_weight_positions at = {CODES, BASIS, GAIN, AMPLITUDE, RESIDUAL, LAYOUT, ROUNDED};
     rbe_view dy_view, x_view, bias_view;
     rbe_matrix dy, x, dx;
     rbe_weight w;
     rbe_weight_views views;
+    rbe_accuracy accuracy = RBE_ACCURACY_AUTO;
     const void *bias;
     rbe_status status = matrix_argument(call, X, "x", &x_view, &x);
     if (status == RBE_OK) status = matrix_argument(call, DY, "dy", &dy_view, &dy);
     if (status == RBE_OK) status = rbe_bind_weight(call, &at, rbe_real_of(x.dtype), x.cols, &w, &views);
     if (status == RBE_OK) status = bias_argument(call, BIAS, &w, &bias_view, &bias);
+    if (status == RBE_OK) status = parse_accuracy(call, ACCURACY, &accuracy);
     if (status != RBE_OK) return status;
 
     int64_t shape[64], wanted = rbe_call_int(call, WANTED);
@@ -126,7 +128,7 @@ rbe_status rbe_op_linear_backward(rbe_call *call) {
         status = rbe_cuda_linear_backward(&w, &dy, &x, &out, &call->place.device, &call->err);
     } else {
         rbe_parallel threads = rbe_torch_threads();
-        status = rbe_linear_backward(&w, &dy, &x, &out, &threads, &call->err);
+        status = rbe_linear_backward(&w, &dy, &x, &out, accuracy, &threads, &call->err);
     }
     if (status == RBE_OK) status = finish_gradient(call, &dbasis, w.real);
     if (status == RBE_OK) status = finish_gradient(call, &dgain, w.real);

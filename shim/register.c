@@ -12,7 +12,7 @@
     ", bool rounded=True, str accuracy=\"auto\") -> Tensor"
 #define BACKWARD_SCHEMA                                                                                                    \
     "linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor basis, Tensor gain, Tensor? bias=None, Tensor? amplitude=None, " \
-    RESIDUALS ", *, " PLACE ", bool rounded=True, int wanted=31) -> (Tensor dx, Tensor dbasis, Tensor dgain, Tensor dbias, Tensor damplitude)"
+    RESIDUALS ", *, " PLACE ", bool rounded=True, int wanted=31, str accuracy=\"auto\") -> (Tensor dx, Tensor dbasis, Tensor dgain, Tensor dbias, Tensor damplitude)"
 
 // One letter an argument, as rbe_call wants them: the weight's optional tensors are O, the place is SIIII.
 #define LINEAR_KINDS "TTTTOOOOOO" "SIIII" "BS"
@@ -21,7 +21,7 @@
         rbe_call_run("rbe::" #operator, kinds, rbe_op_##operator, stack, inputs, outputs);     \
     }
 BOXED(linear, LINEAR_KINDS)
-BOXED(linear_backward, "TTTTTOOOOOO" "SIIII" "BI")
+BOXED(linear_backward, "TTTTTOOOOOO" "SIIII" "BIS")
 BOXED(decode, "TTTOOOOO" "SIIII" "B")
 BOXED(decode_backward, "TTTT" "SIIII")
 BOXED(encode, "TTT" "SIIII")

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import rbe_torch
-from rbe_torch import budget, calibrate, codebook, encode, moments, shards, walk
+from rbe_torch import budget, calibrate, codebook, encode, moments, shards, tune, walk
 from rbe_torch.layout import Layout
 from rbe_torch.linear import RBELinear
+from rbe_torch.replace import dense_weight, find_linears
 
 ROUNDING = 1e-3  # float32 moments of a few thousand tokens
 LAYOUTS = [
@@ -88,15 +89,21 @@ def output_error(model: nn.Module, dense: nn.Module) -> float:
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------------------
-def problem(m: int = 20, n: int = 43) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = correlated(2000, n)
-    hessian = x.t() @ x / 2000 + 0.01 * torch.eye(n)
-    return draw(m, n), hessian, torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).contiguous()
+def problem(m: int = 20, n: int = 43, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight, hessian and factor on a device; the same on every one."""
+    with torch.device("cpu"):
+        x = correlated(2000, n)
+        hessian = x.t() @ x / 2000 + 0.01 * torch.eye(n)
+        made = draw(m, n), hessian, torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).contiguous()
+    return tuple(t.to(device) for t in made)
 
 
-def plain(weight: torch.Tensor, layout: str) -> encode.EncodedLayer:
-    """Encoded from the weight alone with a basis that other weights were fitted to."""
-    return encode.encode_layer(weight, Layout.parse(layout), codebook.fit_basis([draw(400, 48, seed=11)], layout))
+def plain(weight: torch.Tensor, layout: str, fitted_to: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """codes, basis and gain: encoded from the weight alone with a basis that other weights were fitted to."""
+    with torch.device("cpu"):
+        basis = codebook.fit_basis([draw(400, 48, seed=11) if fitted_to is None else fitted_to.cpu()], layout)
+        made = encode.encode_layer(weight.cpu(), Layout.parse(layout), basis)
+    return tuple(t.detach().to(weight.device) for t in (made.codes, made.basis, made.gain))
 
 
 def decoded_loss(weight, hessian, codes, basis, gain, layout) -> float:
@@ -106,36 +113,34 @@ def decoded_loss(weight, hessian, codes, basis, gain, layout) -> float:
 
 
 @pytest.mark.parametrize("layout", ["rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe16sx2_g8", "rbe22_g8", "rbe32_g16", "rbe9r_g16"])
-def test_feedback_loses_less_than_plain_encoding_and_sweeps_never_lose(layout):
-    weight, hessian, factor = problem()
-    made = plain(weight, layout)
+def test_feedback_loses_less_than_plain_encoding_and_sweeps_never_lose(layout, device):
+    weight, hessian, factor = problem(device=device)
+    made, basis, gain = plain(weight, layout)
     place = {"layout": layout, "in_features": weight.shape[1]}
-    losses = [decoded_loss(weight, hessian, made.codes, made.basis, made.gain, layout)]
+    losses = [decoded_loss(weight, hessian, made, basis, gain, layout)]
     for sweeps in (0, 1, 2, 4):
-        codes = torch.ops.rbe.encode_calibrated(weight, made.basis, made.gain, hessian, factor, **place, sweeps=sweeps)
-        losses.append(decoded_loss(weight, hessian, codes, made.basis, made.gain, layout))
+        codes = torch.ops.rbe.encode_calibrated(weight, basis, gain, hessian, factor, **place, sweeps=sweeps)
+        losses.append(decoded_loss(weight, hessian, codes, basis, gain, layout))
     assert losses[1] < 0.9 * losses[0] and losses[2] < losses[1]
     assert losses[3] <= losses[2] * (1 + 1e-5) and losses[4] <= losses[3] * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["rbe8_g8", "rbe16s_g8", "rbe8x2_g8"])
-def test_with_an_identity_hessian_it_is_no_worse_than_plain_encoding(layout):
-    weight = draw(10, 24)
-    made = plain(weight, layout)
+def test_with_an_identity_hessian_it_is_no_worse_than_plain_encoding(layout, device):
+    weight, *_ = problem(10, 24, device)
+    made, basis, gain = plain(weight, layout)
     eye = torch.eye(24)
-    codes = torch.ops.rbe.encode_calibrated(weight, made.basis, made.gain, eye, eye, layout=layout, in_features=24, sweeps=0)
-    assert decoded_loss(weight, eye, codes, made.basis, made.gain, layout) <= 1.01 * decoded_loss(
-        weight, eye, made.codes, made.basis, made.gain, layout
-    )
+    codes = torch.ops.rbe.encode_calibrated(weight, basis, gain, eye, eye, layout=layout, in_features=24, sweeps=0)
+    loss, plain_loss = (decoded_loss(weight, eye, found, basis, gain, layout) for found in (codes, made))
+    assert loss <= 1.01 * plain_loss
 
 
-def test_one_group_is_the_best_of_all_codes_under_the_metric():
+def test_one_group_is_the_best_of_all_codes_under_the_metric(device):
     """One group and one stage: sweeps find the minimum over 256 vectors, by brute force."""
-    weight, hessian, factor = problem(30, 8)
-    made = encode.encode_layer(draw(200, 8), Layout.parse("rbe8_g8"))
-    gain = torch.ones(30)
-    codes = torch.ops.rbe.encode_calibrated(weight, made.basis, gain, hessian, factor, layout="rbe8_g8", in_features=8, sweeps=1)
-    rest = (weight[:, None] - made.basis[0][None]).double()
+    weight, hessian, factor = problem(30, 8, device)
+    basis, gain = plain(weight, "rbe8_g8", problem(200, 8)[0])[1], torch.ones(30)
+    codes = torch.ops.rbe.encode_calibrated(weight, basis, gain, hessian, factor, layout="rbe8_g8", in_features=8, sweeps=1)
+    rest = (weight[:, None] - basis[0][None]).double()
     every = torch.einsum("mji,ik,mjk->mj", rest, hessian.double(), rest)
     taken = every.gather(1, (codes[:, 0] >> 10 & 255).long())[:, 0]
     torch.testing.assert_close(taken, every.min(1).values, rtol=1e-5, atol=1e-7)
@@ -162,11 +167,12 @@ def test_threads_do_not_change_codes():
     ({"sweeps": -1}, "sweeps"), ({"codes": torch.full((20, 6, 2), 1, dtype=torch.int32), "factor": None}, "codes"),
     ({"hessian": torch.ones(43, 43)}, "positive definite"),
 ])  # fmt: skip
-def test_the_operator_refuses_bad_input_by_name(change, message):
-    weight, hessian, factor = problem()
+def test_the_operator_refuses_bad_input_by_name(change, message, device):
+    weight, hessian, factor = problem(device=device)
+    change = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
     values = {
         "weight": weight,
-        "basis": draw(2, 256, 8),
+        "basis": problem(512, 8, device)[0].view(2, 256, 8),
         "gain": torch.ones(20),
         "hessian": hessian,
         "factor": factor,
@@ -177,9 +183,9 @@ def test_the_operator_refuses_bad_input_by_name(change, message):
         torch.ops.rbe.encode_calibrated(**values, layout="rbe8x2_g8", in_features=43)
 
 
-def test_opcheck():
-    weight, hessian, factor = problem(6, 16)
-    arguments = (weight, draw(2, 256, 8), torch.ones(6), hessian[:16, :16].contiguous(), factor[:16, :16].contiguous())
+def test_opcheck(device):
+    weight, hessian, factor = problem(6, 16, device)
+    arguments = (weight, problem(512, 8, device)[0].view(2, 256, 8), torch.ones(6), hessian[:16, :16].contiguous(), factor[:16, :16].contiguous())
     torch.library.opcheck(
         torch.ops.rbe.encode_calibrated.default,
         arguments,
@@ -513,6 +519,22 @@ def test_impossible_budgets_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=name):
         run(model, **options)
     assert [id(module) for module in model.modules()] == before
+
+
+def test_a_measured_loss_counts_the_bias_correction():
+    """Inputs far from zero: without the correction the mean that the codes lose is nearly all that is measured."""
+    torch.manual_seed(0)
+    model, layout = nn.Sequential(nn.Linear(64, 96)), Layout.parse("rbe8_g8")
+    calls = walk.calls_of([correlated(512, 64, seed).view(8, 64, 64) + 3 for seed in range(2)], torch.device("cpu"))
+    entries, dense = find_linears(model), copy.deepcopy(model)
+    table = codebook.fit_basis([dense_weight(entries[0].module)], layout)
+    with torch.no_grad():
+        measured = budget._model_losses(model, entries, [layout], {"rbe8_g8": table}, calls, 0, False)["0"]["rbe8_g8"]
+    assert torch.equal(model[0].weight, dense[0].weight) and torch.equal(model[0].bias, dense[0].bias)
+    run(model, "rbe8_g8", calibration=[call.args for call in calls])
+    with torch.no_grad():
+        real = sum(float(tune.distance(call.run(model), call.run(dense), None)) for call in calls) / len(calls)
+    assert 0.8 * real < measured < 2 * real
 
 
 def test_the_frontier_shows_no_mix_that_takes_more_and_loses_more():

@@ -11,6 +11,8 @@ from operator_cases import LAYOUTS, make_case
 
 import rbe_torch  # noqa: F401  registers the operators
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Product(torch.nn.Module):
     """A module around one operator call, with its tensors as buffers and parameters."""
@@ -91,13 +93,14 @@ def test_aot_inductor_package_runs_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_activations_and_nothing_of_the_format(dtype):
     case = make_case("rbe32_g16", 7, 40, (6,), amplitude=True).require_grad()
-    with torch.autocast("cpu", dtype):
+    device = case.x.device.type
+    with torch.autocast(device, dtype):
         y = case.run()
     assert y.dtype == dtype
     assert torch.equal(y, case.run(x=case.x.to(dtype)))
     y.float().square().sum().backward()
     assert case.x.grad.dtype == torch.float32 and case.amplitude.grad.dtype == torch.float32
-    with torch.autocast("cpu", dtype), torch.no_grad():
+    with torch.autocast(device, dtype), torch.no_grad():
         assert torch.ops.rbe.linear_inference(*case.tensors, **case.keywords).dtype == dtype
 
 

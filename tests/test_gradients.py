@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("device")
 
 # Largest error over the largest entry of a gradient, against the float64 reference on the same numbers.
 WITH_HALF_ACTIVATIONS = 3e-5  # float32 gradients where x is of a half type: products of two bfloat16 pieces, 2^-16
+# Root mean square error of a gradient of the fast class over its own: docs/operators.md.
+FAST_GRADIENT_ERROR = {"x": 2e-3, "basis": 3e-3, "gain": 4e-3, "bias": 1e-6, "amplitude": 4e-3}
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SCALED = ["rbe22_g8", "rbe22x2_g5", "rbe32_g16", "rbe9r_g7", "rbe4r_g7", "rbe2r_g3"]
 
@@ -72,6 +74,31 @@ def test_kernels_give_the_gradients_of_the_reference(layout, dtype):
             assert error < tolerance, (name, m, n, tokens, error.item())
 
 
+@pytest.mark.parametrize("layout", ["rbe22_g64", "rbe9r_g32", "rbe22x2_g16"])
+@pytest.mark.parametrize("size", [1.0, 1e-8, 1e4])
+def test_fast_gradients_err_by_what_is_documented(layout, size):
+    case = make_case(layout, 300, 259, (140,), amplitude=True).require_grad()
+    dy = size * torch.randn(140, 300, generator=torch.Generator().manual_seed(3), device="cpu").to(case.x)
+    wide = make_case(layout, 300, 259, (140,), torch.float64, amplitude=True)
+    for name in ("x", "basis", "gain", "bias", "amplitude"):
+        setattr(wide, name, getattr(case, name).detach().double())
+    wide.require_grad()
+    want = torch.autograd.grad(wide.run(), leaves(wide), dy.double())
+    fast = torch.autograd.grad(case.run(accuracy="fast"), leaves(case), dy)
+    for name, a, b in zip(("x", "basis", "gain", "bias", "amplitude"), fast, want, strict=True):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < FAST_GRADIENT_ERROR[name], (name, error)
+
+
+def test_the_class_of_the_forward_is_that_of_the_backward():
+    case = make_case("rbe22_g32", 130, 96, (70,), amplitude=True).require_grad()
+    dy = torch.randn(70, 130, generator=torch.Generator().manual_seed(3), device="cpu").to(case.x)
+    for accuracy in ("auto", "exact", "fast"):
+        got = torch.autograd.grad(case.run(accuracy=accuracy), leaves(case), dy)
+        want = torch.ops.rbe.linear_backward(dy, *case.tensors, **case.keywords, accuracy="exact" if accuracy == "auto" else accuracy)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), accuracy
+
+
 @pytest.mark.parametrize("layout", SCALED)
 def test_a_gradient_that_pushes_the_amplitude_beyond_one_is_zero(layout):
     case = make_case(layout, 6, 33, (4,), amplitude=True)
@@ -108,6 +135,8 @@ def test_backward_operator_refuses_what_does_not_fit():
             run(dy, *case.tensors, **case.keywords)
     with pytest.raises(RuntimeError, match="wanted: was 32"):
         run(torch.ones(3, 5), *case.tensors, **case.keywords, wanted=32)
+    with pytest.raises(RuntimeError, match="accuracy: was 'half'; must be 'auto', 'exact' or 'fast'"):
+        run(torch.ones(3, 5), *case.tensors, **case.keywords, accuracy="half")
 
 
 def test_half_precision_parameters_get_gradients_of_their_own_dtype():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ pytest.importorskip("geoopt")
 transformers = pytest.importorskip("transformers", minversion="5")
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SPACES = ("euclidean", "hit", "euclidean scaled", "ours", "euclidean 8", "ours 8", "inner")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -53,18 +55,21 @@ def script(name: str, folder: Path, out: Path, *more: object) -> subprocess.Comp
 
 
 def test_the_benchmark_runs_keeps_what_it_has_and_draws(inputs, tmp_path):
-    done = script("hbbert.py", inputs, tmp_path, "--only", "ours", "--seeds", 1)
+    done = script("hbbert.py", inputs, tmp_path, "--only", "ours 8", "--seeds", 1)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "hbbert_reduced.json").read_text())
     assert [row["codes"] for row in facts["rows"]] == ["dense", "2 bits", "rbe22_g64"] and facts["entities"] == 121
     for row in facts["rows"]:
-        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"} and row["loss"] and row["cpu_seconds"] >= 0  # rounded
+        assert set(row["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"}
+        assert row["loss"] and row["cpu_seconds"] >= 0  # rounded
         assert 0 < row["depth_in_ball"]["mean"] <= row["depth_in_ball"]["max"] < 1 and (row["code_lr"] is None) == (row["codes"] == "dense")
-    again = script("hbbert.py", inputs, tmp_path, "--only", "ours", "--seeds", 1)
+    again = script("hbbert.py", inputs, tmp_path, "--only", "ours 8", "--seeds", 1)
     assert json.loads((tmp_path / "hbbert_reduced.json").read_text()) == facts, again.stderr
     assert script("hbbert.py", inputs, tmp_path, "--only", "dense", "--seeds", 2, "--bfloat16").returncode == 0
     means = json.loads((tmp_path / "hbbert_reduced.json").read_text())["summary"]
-    assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in ("euclidean", "euclidean halved", "hit", "ours", "inner")]
+    assert [(entry["space"], entry["seeds"]) for entry in means] == [(space, [0, 1]) for space in SPACES]
+    assert script("hbbert.py", inputs, tmp_path, "--seeds", 3, "--bfloat16", "--finished").returncode == 0
+    assert json.loads((tmp_path / "hbbert_reduced.json").read_text())["summary"] == means
     drawn = script("hbbert_pictures.py", inputs, tmp_path, "--tree", "r a")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "hbbert_disk.png").stat().st_size > 10_000 and (tmp_path / "hbbert_norms.png").stat().st_size > 5_000
@@ -77,8 +82,51 @@ def test_the_full_benchmark_trains_for_each_setting(inputs, tmp_path):
     assert len(rows) == 1 and len(rows[0]["loss"]) == 4
 
 
+def test_a_full_run_that_was_killed_goes_on_to_the_same_end(inputs, tmp_path, monkeypatch):
+    """Killed in the third of the four settings' runs: the first two are not trained again."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hbbert
+    import hbbert_bench
+
+    real, steps = hbbert_bench.train, []
+
+    def run(out: str, *more: object) -> dict:
+        fixed = ["--wordnet", inputs / "wordnet", "--model", inputs / "bert", "--out", tmp_path / out, "--device", "cpu", "--steps", 4]
+        monkeypatch.setattr(sys, "argv", list(map(str, ["hbbert.py", *fixed, "--batch", 4, "--full", "--only", "ours 8 dense", *more])))
+        assert hbbert.main() == 0
+        return json.loads((tmp_path / out / "hbbert_full.json").read_text())["rows"][0]["f1"]
+
+    def killed(*given: object, **keywords: object) -> list[float]:
+        steps.append(0)
+        if len(steps) < 3:
+            return real(*given, **keywords)
+        real(*given, **keywords, stop_at=2)
+        sys.exit("killed")
+
+    monkeypatch.setattr(hbbert_bench, "train", killed)
+    with pytest.raises(SystemExit, match="killed"):
+        run("cut")
+    monkeypatch.setattr(hbbert_bench, "train", real)
+    monkeypatch.setattr(hbbert_bench.Pace, "__call__", lambda pace, step, loss: steps.append(step))
+    steps.clear()
+    resumed = run("cut")
+    assert steps == [3, 4, 1, 2, 3, 4]
+    assert resumed == run("whole")
+
+
+def test_the_time_of_a_run_is_said_after_its_first_steps(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hbbert_bench
+
+    pace, clock = hbbert_bench.Pace(100), iter(range(100))
+    monkeypatch.setattr(hbbert_bench.time, "perf_counter", lambda: 3.0 * next(clock))
+    for step in range(1, 30):
+        pace(step, 0.0)
+    assert capsys.readouterr().out == "step 20 of 100: 3.000 s a step, 4.0 minutes to the end of this run\n"
+
+
 def test_of_several_rates_in_codes_the_row_has_the_one_that_validates_best(inputs, tmp_path):
-    done = script("hbbert.py", inputs, tmp_path, "--only", "ours rbe22", "--seeds", 1, "--code-lr", 1e-9, 1e-2)
+    done = script("hbbert.py", inputs, tmp_path, "--only", "hit rbe22", "--seeds", 1, "--code-lr", 1e-9, 1e-2)
     assert done.returncode == 0, done.stderr
     tried = {float(rate): float(value) for rate, value in re.findall(r"at --code-lr (\S+) validation F1 is (\S+)", done.stdout)}
     [row] = json.loads((tmp_path / "hbbert_reduced.json").read_text())["rows"]
@@ -92,7 +140,7 @@ def test_means_and_differences_are_of_the_same_seeds(monkeypatch):
     def row(space: str, codes: str, seed: int, value: float) -> dict:
         return {"space": space, "codes": codes, "seed": seed, "f1": {name: {"test": value} for name in hbbert.SETTINGS}}
 
-    rows = [row("euclidean halved", "dense", 0, 0.5), row("euclidean halved", "dense", 1, 0.7), row("euclidean halved", "dense", 2, 0.0)]
+    rows = [row("euclidean scaled", "dense", 0, 0.5), row("euclidean scaled", "dense", 1, 0.7), row("euclidean scaled", "dense", 2, 0.0)]
     rows += [row("ours", "dense", 0, 0.6), row("ours", "dense", 1, 0.9), row("ours", "2 bits", 1, 0.8)]
     control, ours, coded = hbbert.summary(rows)
     assert control["mean"]["mean"] == pytest.approx(0.4) and "against control" not in control
@@ -109,6 +157,37 @@ def test_the_accuracies_kept_are_of_all_stages(inputs, tmp_path):
     for task in ("sst2", "hierarchy"):
         assert {"dense", "PTQ", "QAT", "QAT + fine-tuning"} <= set(results[task]["stages"])
     assert "claimed" in done.stdout
+    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "ours 8")
+    assert done.returncode == 1 and "has a head of its own, which SST-2's classifier cannot use" in done.stderr
+    done = script("hbbert_kept.py", inputs, tmp_path, "--data", inputs, "--space", "ours 8", "--task", "hierarchy")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_choices_are_validated_once_and_kept(inputs, tmp_path):
+    shutil.copytree(inputs / "bert", tmp_path / "deeper")
+    config = transformers.BertConfig.from_pretrained(inputs / "bert", num_hidden_layers=3)
+    transformers.BertModel(config).save_pretrained(tmp_path / "deeper")
+    done = script("hbbert_choice.py", inputs, tmp_path, "--model", tmp_path / "deeper")
+    assert done.returncode == 0, done.stderr
+    kept = (tmp_path / "hbbert_choice.json").read_text()
+    rows = json.loads(kept)["rows"]
+    assert {row["choice"]["dims"] for row in rows} == {0, 8} and all(0 < row["validation_f1"] <= 1 for row in rows)
+    assert script("hbbert_choice.py", inputs, tmp_path, "--model", tmp_path / "deeper").returncode == 0
+    assert (tmp_path / "hbbert_choice.json").read_text() == kept
+
+
+def test_the_cheaper_run_starts_where_the_whole_encoder_does(inputs, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hbbert
+    import hbbert_bench
+    import hbbert_choice
+
+    options = hbbert.parser("").parse_args(["--wordnet", str(inputs / "wordnet"), "--model", str(inputs / "bert"), "--below", "r"])
+    monkeypatch.setattr(hbbert_choice, "UPPER", 1)  # of one layer
+    bench = hbbert_bench.Bench(options)
+    upper = hbbert_choice.Upper(bench.dense, hbbert_choice.lower_outputs(bench)).eval()
+    found = hbbert_choice.encode_all(upper, hbbert_choice.Entities(bench.names))
+    torch.testing.assert_close(found, bench.means, rtol=0, atol=1e-5)
 
 
 def test_a_word_that_wordnet_has_not_is_named(inputs, tmp_path):

@@ -3,19 +3,22 @@ test pairs, a resumed run that differs, and a command that says nothing useful a
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rbe_torch
 from rbe_torch.cli import main
 
 pytest.importorskip("geoopt")
 transformers = pytest.importorskip("transformers", minversion="5")
-from rbe_torch.hyperbolic import HbBertModel, Lorentz, PoincareBall
+from rbe_torch.hyperbolic import HbBertModel, Lorentz, PoincareBall, stages, training
 from rbe_torch.hyperbolic.hierarchy import Hierarchy, read_hierarchy
 from rbe_torch.hyperbolic.scoring import ALPHA, BETA, best_rule, f1, f1_by, features, hierarchy_loss
 from rbe_torch.hyperbolic.tasks import negatives, split
@@ -322,14 +325,69 @@ def test_the_command_trains_saves_and_what_it_saves_loads(capsys, directory, pai
     model = HbBertModel.from_pretrained(out)
     assert any(isinstance(module, rbe_torch.RBELinear) for module in model.modules())
     assert (
-        not (out / "training.pt").exists() and (out / "vocab.txt").is_file() and json.loads((out / "hierarchy.json").read_text()) == facts
+        not (out / "unfinished").exists() and (out / "vocab.txt").is_file() and json.loads((out / "hierarchy.json").read_text()) == facts
     )
     assert run(capsys, *fixed)[0] == 1  # not empty
+    status, _, err = run(capsys, "--data", pairs, "--out", tmp_path / "twice", "--model", out, "--layout", "rbe8_g8", "--quiet")
+    assert status == 1 and "are in codes already" in err and not (tmp_path / "twice").exists()
     on = ["--data", pairs, "--out", tmp_path / "on", "--model", out, "--steps", 2, "--batch", 8, "--quiet", "--json"]
     status, text, err = run(capsys, *on)  # trained on, codes and curvature and all
     assert status == 0 and json.loads(text)["curvature"] == pytest.approx(facts["curvature"]), err
     status, text, err = run(capsys, *fixed, "--force", "--manifold", "poincare", "--mode", "output", "--curvature", 0, "--task", "mixed")
     assert status == 0 and "test F1" in text, err
+
+
+IN_CODES = ["--batch", 8, "--quiet", "--json", "--layout", "rbe8_g8", "--learn-curvature"]
+
+
+@pytest.fixture(scope="module")
+def whole(directory, tmp_path_factory) -> Path:
+    """What a run of 6 steps that nothing interrupts leaves."""
+    folder, hierarchy = tmp_path_factory.mktemp("whole"), tree()
+    (folder / "pairs.tsv").write_text("".join(f"{hierarchy.names[a]}\t{hierarchy.names[b]}\n" for a, b in hierarchy.edges))
+    given = ["--data", folder / "pairs.tsv", "--out", folder / "out", "--model", directory, "--steps", 6, *IN_CODES]
+    assert main(["train-hbbert", *map(str, given)]) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("stage", ["dense", "compression", "codes", "saving"])
+def test_a_command_that_was_killed_goes_on_to_the_same_end(stage, whole, capsys, directory, pairs, tmp_path, monkeypatch):
+    """The kill is an exception that nothing catches, at a place of that stage; what is finished is not done again."""
+    cut = tmp_path / "cut"
+    unfinished = cut / "unfinished"
+
+    def command(steps: int = 6) -> tuple[int, str, str]:
+        return run(capsys, "--data", pairs, "--out", cut, "--model", directory, "--steps", steps, *IN_CODES)
+
+    kill = {"dense": None, "compression": "compress", "codes": "prepare_training", "saving": "finish_training"}[stage]
+    with monkeypatch.context() as patch:
+        if kill is None:  # in step 2 of 3, with the state after step 1 written
+            real, calls = training.hierarchy_loss, []
+            patch.setattr(training, "hierarchy_loss", lambda *given: calls.append(0) or (real(*given) if len(calls) < 2 else sys.exit("killed")))
+            patch.setattr(stages, "train", functools.partial(train, every=0.0))
+        else:
+            patch.setattr(rbe_torch, kill, lambda *_, **__: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            command()
+    assert (unfinished / "dense.pt").is_file() and (unfinished / "compressed").is_dir() == (stage in ("codes", "saving"))
+    status, _, err = command(7)
+    assert status == 1 and "interrupted run with other settings (steps 6 there, 7 here)" in err
+    if stage in ("codes", "saving"):
+        monkeypatch.setattr(rbe_torch, "compress", lambda *_, **__: pytest.fail("compressed again"))
+    status, text, err = command()
+    assert status == 0, err
+    assert {**json.loads(text), "out": ""} == {**json.loads((whole / "hierarchy.json").read_text()), "out": ""}
+    there, here = (load_file(folder / "model.safetensors") for folder in (whole, cut))
+    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there) and not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [(["--dense-steps", 2], "--dense-steps: is 2, needs --layout"), (["--layout", "rbe8_g8", "--dense-steps", 9], "must be at most --steps 6")],
+)
+def test_dense_steps_that_cannot_be_are_refused(more, reason, capsys, directory, pairs, tmp_path):
+    status, _, err = run(capsys, "--data", pairs, "--out", tmp_path / "out", "--model", directory, "--steps", 6, "--quiet", *more)
+    assert status == 1 and reason in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ M, N = 130, 100  # two tiles of 64 rows and two rows more; the last group is cut
 
 
 @pytest.fixture
-def weight() -> dict:
+def weight(device: str) -> dict:
     generator = torch.Generator().manual_seed(3)
-    packed = torch.randint(0, 256, (M, 26), generator=generator, dtype=torch.uint8)
-    return {"packed": packed, "codes": torch.ops.rbe.interleave(packed), "basis": torch.randn(2, 256, 8, generator=generator),
-            "gain": torch.rand(M, generator=generator) + 0.5, "keywords": {"layout": "rbe8x2_g8", "in_features": N}}
+    with torch.device("cpu"):
+        packed = torch.randint(0, 256, (M, 26), generator=generator, dtype=torch.uint8).to(device)
+        basis, gain = torch.randn(2, 256, 8, generator=generator).to(device), (torch.rand(M, generator=generator) + 0.5).to(device)
+    return {"packed": packed, "codes": torch.ops.rbe.interleave(packed), "basis": basis, "gain": gain,
+            "keywords": {"layout": "rbe8x2_g8", "in_features": N}}
 
 
 def test_rows_stand_side_by_side_and_come_back(weight: dict) -> None:

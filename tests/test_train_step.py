@@ -122,6 +122,16 @@ def test_contestants_have_the_bytes_they_say(gpt) -> None:
     assert small >= 8
 
 
+def test_every_contestant_starts_alike(gpt) -> None:
+    """A rival that starts with other activations than the rest loses for that reason."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
+    for contestant in gpt.CONTESTANTS:
+        if contestant.d == 256:
+            layer = gpt.build(contestant, 65, 0)[0].blocks[0].qkv
+            variance = float(layer(x).detach().var())
+            assert 0.5 < variance / gpt.START**2 < 1.25, (contestant.name, variance)  # exp(r) - 1 falls by more than its amplitude
+
+
 def test_a_layer_trains_as_the_dense_simulation_of_it(gpt) -> None:
     """One step of the benchmark's model against W = gain * scale * basis in plain torch: the loss and the gradient of every amplitude."""
     contestant = next(c for c in gpt.CONTESTANTS if "rbe4r_g9" in c.name)

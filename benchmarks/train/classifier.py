@@ -34,7 +34,7 @@ HIDDEN, BATCH, CLASSES = 512, 128, 10
 KEPT = 0.986  # of the dense accuracy
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
-# name -> (what it is, its options, rates, the amplitude rate of each)
+# name -> (what it is, its options, rates)
 CONTESTANTS: dict[str, tuple[str, dict, tuple[float, ...]]] = {
     "dense float32": ("dense", {}, (1e-3, 3e-3, 3e-4)),
     "RBE rbe22_g128": ("rbe", {"layout": "rbe22_g128", "basis": "trained"}, (1e-3, 3e-3, 3e-4)),
@@ -65,11 +65,7 @@ def build(name: str, pixels: int, rate: float, seed: int) -> tuple[Network, list
         return (model := Network(pixels, *layers)), list(model.parameters()), sum(layer.bytes for layer in layers)
     model = Network(pixels)
     report = rbe_torch.convert(model, options["layout"], seed=seed, basis=options["basis"], nonlinearity="relu")
-    groups = rbe_torch.param_groups(model, lr=rate)
-    for group in groups:
-        if group["name"] == "amplitude":
-            group["lr"] = min(100 * rate, 0.1)  # what the table was made with
-    return model, groups, report.compressed_bytes
+    return model, rbe_torch.param_groups(model, lr=rate), report.compressed_bytes
 
 
 def train(name: str, split: Split, rate: float, seed: int, epochs: int) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """A character GPT trained from scratch, every linear layer of its blocks replaced: validation loss against bytes, for RBE and its rivals.
 
 2 blocks, d = 256, 4 heads, context 64, batch 16, tinyshakespeare (the first 90 % trains, the last 10 % validates, all of it). Same steps, same batches,
-AdamW (betas 0.9, 0.98), cosine to 3 % after 60 steps of warm-up, bfloat16 autocast for all. Bytes are those of the blocks' linear weights: codes, gains and the
+AdamW (betas 0.9, 0.98), cosine to 3 % after 60 steps of warm-up, small starting weights, bfloat16 autocast for all. Bytes are those of the blocks' linear weights: codes, gains and the
 basis unless a seed gives it; weights and scales for the rivals. "smaller dense" has a smaller d, and so smaller embeddings too, which no column counts.
 
     python benchmarks/train/gpt.py --data DIR --seeds 3           # DIR/tinyshakespeare/input.txt; every contestant at its best rate
@@ -34,6 +34,7 @@ from small_layers import BlockSparse, LittleBit, LowRank, Quantised  # noqa: E40
 import rbe_torch  # noqa: E402
 
 CONTEXT, BATCH, WARM_UP, LAST = 64, 16, 60, 0.03
+START = 0.4  # of the size that keeps the variance of activations; for every contestant (docs/training.md, "A small start")
 
 
 class Block(nn.Module):
@@ -84,6 +85,7 @@ class Contestant:
     rest: tuple[float, ...] = ()
     d: int = 256
     hidden: int | None = None
+    start: float = START
 
 
 def contestant(name: str, kind: str, rates: tuple[float, ...], rest: tuple[float, ...] = (), d: int = 256, hidden: int | None = None, **options) -> Contestant:
@@ -93,12 +95,12 @@ def contestant(name: str, kind: str, rates: tuple[float, ...], rest: tuple[float
 CONTESTANTS = [
     contestant("RBE rbe4r_g9, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g9", basis="seeded"),
     contestant("block sparse int4", "sparse", (1.2e-2, 6e-3, 2.4e-2), bits=4, kept=0.115),
-    contestant("block sparse int8", "sparse", (1.2e-2, 6e-3, 3e-3), bits=8, kept=0.0575),
-    contestant("smaller dense int4", "dense", (4e-3, 2e-3, 8e-3), d=88, hidden=384, bits=4),
-    contestant("smaller dense int8", "dense", (4e-3, 2e-3, 8e-3), d=64, bits=8),
-    contestant("low rank int4", "lowrank", (4e-3, 2e-3, 8e-3), bits=4, rank=22),
-    contestant("low rank int8", "lowrank", (4e-3, 2e-3, 8e-3), bits=8, rank=11),
-    contestant("LittleBit", "littlebit", (4e-3, 1e-3, 2.5e-4), rank=80),
+    contestant("block sparse int8", "sparse", (1.2e-2, 6e-3, 2.4e-2), (1.2e-2, 1.2e-2, 1.2e-2), bits=8, kept=0.0575),
+    contestant("smaller dense int4", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=88, hidden=384, bits=4),
+    contestant("smaller dense int8", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=64, bits=8),
+    contestant("low rank int4", "lowrank", (1e-3, 2e-3, 4e-3, 1e-3), (1e-2, 1e-2, 1e-2, 3e-3), bits=4, rank=22),
+    contestant("low rank int8", "lowrank", (1e-3, 2e-3, 4e-3, 1e-3), (1e-2, 1e-2, 1e-2, 3e-3), bits=8, rank=11),
+    contestant("LittleBit", "littlebit", (1e-2, 3e-2, 3e-3), (1e-2, 1e-2, 1e-2), rank=80),
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g3", basis="seeded"),
@@ -114,12 +116,16 @@ def build(c: Contestant, characters: int, seed: int) -> tuple[GPT, float]:
     if c.kind != "rbe":
         model = GPT(characters, lambda n, m: MADE[c.kind](n, m, **options), c.d, c.hidden)
         layers = [layer for block in model.blocks for layer in (block.qkv, block.out, block.up, block.down)]
+        for layer in layers:
+            layer.shrink(c.start)
         return model, sum(layer.bytes for layer in layers)
-    model = GPT(characters, nn.Linear, c.d, c.hidden)  # with nonlinearity="linear" weights start with variance 1 / n, as the rivals' do
+    model = GPT(characters, nn.Linear, c.d, c.hidden)  # with nonlinearity="linear" weights get variance 1 / n, as the rivals' do, before amplitudes shrink
     report = rbe_torch.convert(model, options["layout"], seed=seed, basis=str(options["basis"]), include=r"^blocks\.", nonlinearity="linear")
     for layer in model.modules():
         if isinstance(layer, rbe_torch.RBELinear):
             layer.bias.data.zero_()
+            if layer.amplitude is not None:
+                layer.amplitude.data.mul_(c.start)
     return model, report.compressed_bytes
 
 
@@ -128,7 +134,7 @@ def groups_of(model: nn.Module, c: Contestant, which: int) -> list[dict]:
     rest = c.rest[which] if c.rest else rate
     if c.kind == "rbe":
         return [{**group, "weight_decay": 0.0} for group in rbe_torch.param_groups(model, lr=rate, rest=rest)]
-    linear = {id(p) for layer in model.modules() if isinstance(layer, (Quantised, LittleBit)) for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+    linear = {id(p) for layer in model.modules() if isinstance(layer, (Quantised, LittleBit)) for name, p in layer.named_parameters(recurse=False) if name in ("weight", "u", "v")}
     return [{"params": [p for p in model.parameters() if (id(p) in linear) == inside], "lr": lr, "weight_decay": 0.0} for inside, lr in ((True, rate), (False, rest))]
 
 
@@ -191,7 +197,7 @@ def train(c: Contestant, which: int, text: Text, steps: int, seed: int) -> dict[
     state = sum(value.numel() * value.element_size() for entry in optimiser.state.values() for value in entry.values() if isinstance(value, Tensor))
     return {
         "name": c.name, "kB": round(size / 1e3, 1), "steps": steps, "lr": c.rates[which], "rest": c.rest[which] if c.rest else c.rates[which],
-        "seed": seed, "loss": round(validation_loss(model, text), 4), "s/step": round(seconds, 4),
+        "start": c.start, "seed": seed, "loss": round(validation_loss(model, text), 4), "s/step": round(seconds, 4),
         "trained values": values, "optimiser MB": round(state / 1e6, 2),
         "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }  # fmt: skip
@@ -204,13 +210,13 @@ def summary(rows: list[dict], steps: int) -> list[dict[str, object]]:
         by_rate: dict[tuple, list[dict]] = {}
         for row in rows:
             if row["name"] == name and row["steps"] == steps:
-                by_rate.setdefault((row["lr"], row["rest"]), []).append(row)
+                by_rate.setdefault((row["lr"], row["rest"], row.get("start", 1.0)), []).append(row)
         if by_rate:
             many = max(len(group) for group in by_rate.values())
             best = min((group for group in by_rate.values() if len(group) == many), key=lambda group: sum(row["loss"] for row in group) / len(group))
             losses = [row["loss"] for row in best]
             table.append({"name": name, "kB": best[0]["kB"], "loss": f"{sum(losses) / len(losses):.3f}", "from": f"{min(losses):.3f}",
-                          "to": f"{max(losses):.3f}", "seeds": len(losses), "rates tried": len(by_rate), "lr": best[0]["lr"], "rest": best[0]["rest"],
+                          "to": f"{max(losses):.3f}", "seeds": len(losses), "rates tried": len(by_rate), "lr": best[0]["lr"], "rest": best[0]["rest"], "start": best[0].get("start", 1.0),
                           "s/step": best[0]["s/step"], "optimiser MB": best[0]["optimiser MB"]})
     return sorted(table, key=lambda row: (row["kB"] > 150, row["loss"]))
 
@@ -251,8 +257,8 @@ def main() -> None:
     for seed in range(1 if options.tune else options.seeds):
         for c in chosen:
             for which in range(len(c.rates)) if options.tune else [options.rate]:
-                key = {"name": c.name, "steps": options.steps, "lr": c.rates[which], "rest": c.rest[which] if c.rest else c.rates[which], "seed": seed}
-                if any(all(row[k] == v for k, v in key.items()) for row in rows):
+                key = {"name": c.name, "steps": options.steps, "lr": c.rates[which], "rest": c.rest[which] if c.rest else c.rates[which], "start": c.start, "seed": seed}
+                if any(all(row.get(k, 1.0) == v for k, v in key.items()) for row in rows):
                     continue
                 row = train(c, which, text, options.steps, seed)
                 print(*row.values(), sep="  ", flush=True)

@@ -24,14 +24,23 @@ def straight_through(rounded: Tensor, value: Tensor) -> Tensor:
     return value + (rounded - value).detach()
 
 
-class Quantised(nn.Module):
-    """y = x W^T + bias, W [m, n] of int8 (scale: the row's largest) or int4 (scale learnt, LSQ, arXiv 1902.08153); `mask` holds what may differ from 0."""
+def factors(n: int, m: int, rank: int) -> tuple[Tensor, Tensor]:
+    """U [m, rank], V [n, rank]: U V^T is the best approximation of a random W of variance 1 / n, scaled to the norm of that W; U and V have the same norm."""
+    weight = torch.randn(m, n) / math.sqrt(n)
+    u, values, v = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:rank] * weight.norm() / values[:rank].norm()).sqrt()
+    return u[:, :rank] * root, v[:rank].t() * root
 
-    def __init__(self, n: int, m: int, bits: int, bias: bool = True, mask: Tensor | None = None) -> None:
+
+class Quantised(nn.Module):
+    """y = x W^T + bias, W [m, n] of int8 (scale: the row's largest) or int4 (scale learnt, LSQ, arXiv 1902.08153); `mask` holds what may differ from 0,
+    `start` [m, n] is what W starts with instead of variance 1 / n."""
+
+    def __init__(self, n: int, m: int, bits: int, bias: bool = True, mask: Tensor | None = None, start: Tensor | None = None) -> None:
         super().__init__()
         kept = 1.0 if mask is None else float(mask.mean())
-        deviation = 1 / math.sqrt(n * max(kept, 1e-9))
-        self.weight = nn.Parameter(torch.randn(m, n) * deviation * (1 if mask is None else mask))
+        deviation = 1 / math.sqrt(n * max(kept, 1e-9)) if start is None else float(start.std())
+        self.weight = nn.Parameter(torch.randn(m, n) * deviation * (1 if mask is None else mask) if start is None else start.contiguous())
         self.bias = nn.Parameter(torch.zeros(m)) if bias else None
         self.bits, self.largest = bits, 2 ** (bits - 1) - 1
         self.log_scale = nn.Parameter(torch.full((m,), math.log(START * deviation / self.largest))) if bits < 8 else None
@@ -46,6 +55,13 @@ class Quantised(nn.Module):
         scale = self.log_scale.exp()[:, None]
         inside = (weight / scale).clamp(-self.largest - 1, self.largest)
         return straight_through(inside.round(), inside) * scale
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Makes the start `factor` times as large, levels and all."""
+        self.weight.mul_(factor)
+        if self.log_scale is not None:
+            self.log_scale.add_(math.log(factor))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantised(), self.bias)
@@ -63,25 +79,51 @@ class BlockSparse(Quantised):
 
 
 class LowRank(nn.Module):
+    """Starts as the best approximation of a random W (spectral initialisation, arXiv 2105.01029)."""
+
     def __init__(self, n: int, m: int, bits: int, rank: int) -> None:
         super().__init__()
-        self.down, self.up = Quantised(n, rank, bits, bias=False), Quantised(rank, m, bits)
+        u, v = factors(n, m, rank)
+        self.down, self.up = Quantised(n, rank, bits, bias=False, start=v.t()), Quantised(rank, m, bits, start=u)
         self.bytes = self.down.bytes + self.up.bytes
+
+    def shrink(self, factor: float) -> None:
+        self.down.shrink(math.sqrt(factor))
+        self.up.shrink(math.sqrt(factor))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
 
 class LittleBit(nn.Module):
-    """Signs of U [m, r] and V [n, r] in the forward pass, their gradients straight through; scales h [m], g [n], l [r]."""
+    """Signs of U [m, r] and V [n, r] in the forward pass, their gradients straight through; scales exp of h [m], g [n], l [r], whose signs U and V can have.
+
+    Starts as the paper's Dual-SVID of a random W: U and V are its factors, h, g and l the best rank 1 of |U| and |V|; then h is set to keep the variance. U and V
+    have mean square 1, so that a rate says by which part of them a step moves.
+    """
 
     def __init__(self, n: int, m: int, rank: int) -> None:
         super().__init__()
-        self.u, self.v = nn.Parameter(torch.randn(m, rank) * 0.02), nn.Parameter(torch.randn(n, rank) * 0.02)
-        self.h, self.g, self.l = (nn.Parameter(torch.full((size,), value)) for size, value in ((m, 1 / math.sqrt(n * rank)), (n, 1.0), (rank, 1.0)))
+        u, v = factors(n, m, rank)
+        (h, left), (g, right) = (self.outer(part.abs()) for part in (u, v))
+        self.u, self.v = (nn.Parameter(part / part.square().mean().sqrt()) for part in (u, v))
+        weight = h[:, None] * (u.sign() * left * right) @ v.sign().t() * g
+        h = h * math.sqrt(m) / weight.norm()  # |W|^2 = m
+        self.log_h, self.log_g, self.log_l = (nn.Parameter(scale.log()) for scale in (h, g, left * right))
         self.bias = nn.Parameter(torch.zeros(m))
         self.bytes = rank * (m + n) / 8 + 2 * (m + n + rank)
 
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        self.log_h.add_(math.log(factor))
+
+    @staticmethod
+    def outer(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Positive a, b with a b^T nearest to a positive matrix."""
+        a, values, b = torch.linalg.svd(matrix, full_matrices=False)
+        root = values[0].sqrt()
+        return a[:, 0].abs() * root, b[0].abs() * root
+
     def forward(self, x: Tensor) -> Tensor:
         u, v = (straight_through(torch.where(w < 0, -1.0, 1.0), w) for w in (self.u, self.v))
-        return F.linear(F.linear(x * self.g, v.t()) * self.l, u) * self.h + self.bias
+        return F.linear(F.linear(x * self.log_g.exp(), v.t()) * self.log_l.exp(), u) * self.log_h.exp() + self.bias

@@ -1,10 +1,10 @@
 // P = x basis^T in float16 for the half-precision path, on the bfloat16 matrix unit (AMX):
 //
-//     P[j, t] = float16(sum over e < g of basis[j, e] scale[t] x[t, e])      j < 256, t < W (32 or 64)
+//     P[j, t] = float16(lanes[t] * sum over e < g of basis[j, e] scale[t] x[t, e])      j < 256, t < W (32 or 64), lanes may be NULL: 1
 //
 // basis and x are cut into up to two bfloat16 pieces (16 bits, exact for float16); the product of the two second pieces is left out.
 // A tile is 16 rows of 64 bytes. Layouts, zero-padded to whole tiles; d counts steps of 32 columns, pieces lie one behind the other:
-//     rows (basis)     [256 / 16][d][2 pieces][16 vectors][32 columns]
+//     rows (basis)     [ceil(rows / 32) * 2][d][2 pieces][16 vectors][32 columns]
 //     columns (x)      [W / 16][d][2 pieces][16 pairs of columns][16 tokens][2]
 #define RBE_SIMD_AVX512
 #include "../kernels.h"
@@ -26,12 +26,12 @@ static inline void load_pair(const float *a, int64_t depth, __m512 *low, __m512 
     *high = depth >= 32 ? _mm512_loadu_ps(a + 16) : depth > 16 ? _mm512_maskz_loadu_ps(v_mask(depth - 16), a + 16) : _mm512_setzero_ps();
 }
 
-void rbe_half_basis__avx512amx(int64_t g, const float *basis, uint16_t *out) {
-    for (int64_t r0 = 0; r0 < RBE_BASIS_VECTORS; r0 += 16) {
-        for (int64_t e = 0; e < g; e += 32, out += BLOCK) {
+void rbe_half_basis__avx512amx(int64_t rows, int64_t depth, const float *basis, uint16_t *out) {
+    for (int64_t r0 = 0; r0 < (rows + 31) / 32 * 32; r0 += 16) {
+        for (int64_t e = 0; e < depth; e += 32, out += BLOCK) {
             for (int64_t r = 0; r < 16; ++r) {
-                __m512 low, high;
-                load_pair(basis + (r0 + r) * g + e, g - e, &low, &high);
+                __m512 low = _mm512_setzero_ps(), high = low;
+                if (r0 + r < rows) load_pair(basis + (r0 + r) * depth + e, depth - e, &low, &high);
                 const __m512i whole = round_pair(low, high);
                 _mm512_storeu_si512(out + r * 32, whole);
                 _mm512_storeu_si512(out + TILE + r * 32, rest_pair(low, high, whole));
@@ -75,16 +75,21 @@ void rbe_half_tokens__avx512amx(int64_t tokens, int64_t g, int64_t w, const floa
     _tile_dpbf16ps(2, 5, 6);   \
     _tile_dpbf16ps(3, 5, 7)
 
-static inline void round_block(const float *block, int64_t w, uint16_t *p) {
-    for (int64_t i = 0; i < 32; ++i)
-        for (int h = 0; h < 2; ++h) v_store_f16(p + i * w + 16 * h, _mm512_load_ps(block + i * 32 + 16 * h));
+static inline void round_block(const float *block, const float *lanes, int64_t w, uint16_t *p) {
+    const vf low = lanes ? v_load(lanes) : v_set1(1.0f), high = lanes ? v_load(lanes + 16) : low;
+    for (int64_t i = 0; i < 32; ++i) {
+        v_store_f16(p + i * w, v_mul(low, v_load(block + i * 32)));
+        v_store_f16(p + i * w + 16, v_mul(high, v_load(block + i * 32 + 16)));
+    }
 }
 
 // A block is rounded while the matrix unit works on the next one.
-void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, uint16_t *p) {
+void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, const uint16_t *x, int pieces, const float *lanes,
+                               uint16_t *p) {
     const int64_t steps = (g + 31) / 32;
     float block[2][32 * 32] __attribute__((aligned(64)));
     uint16_t *last = NULL;
+    const float *last_lanes = NULL;
     int turn = 0;
     for (int64_t r = 0; r < RBE_BASIS_VECTORS; r += 32) {
         const uint16_t *a = basis + r / 16 * steps * BLOCK;
@@ -104,14 +109,15 @@ void rbe_half_table__avx512amx(int64_t g, int64_t w, const uint16_t *basis, cons
                 LOAD(6, 7, b, steps, 1);
                 MULTIPLY();
             }
-            if (last) round_block(block[turn ^ 1], w, last);
+            if (last) round_block(block[turn ^ 1], last_lanes, w, last);
             float *c = block[turn];
             _tile_stored(0, c, 128);
             _tile_stored(1, c + 16, 128);
             _tile_stored(2, c + 16 * 32, 128);
             _tile_stored(3, c + 16 * 32 + 16, 128);
             last = p + r * w + t;
+            last_lanes = lanes ? lanes + t : NULL;
         }
     }
-    round_block(block[turn ^ 1], w, last);
+    round_block(block[turn ^ 1], last_lanes, w, last);
 }

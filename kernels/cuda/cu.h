@@ -71,6 +71,17 @@ CU_DEVICE uint32_t cu_pack_bf16(float low, float high) {  // two bfloat16 in a w
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
 }
+// a + b of two numbers in a word, rounded once; sm_80 has no addition of bfloat16, so it multiplies by 1 too
+CU_DEVICE uint32_t cu_add_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return sum;
+}
+CU_DEVICE uint32_t cu_add_f16x2(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
 #else  // the host pass of nvcc parses kernels and compiles none
 __device__ void cu_mma_bf16(float *, const uint32_t *, const uint32_t *);
 __device__ void cu_mma_f16(float *, const uint32_t *, const uint32_t *);
@@ -82,6 +93,8 @@ __device__ float cu_f16_to_f32(uint16_t);
 __device__ uint16_t cu_f32_to_f16(float);
 __device__ uint16_t cu_f32_to_bf16(float);
 __device__ uint32_t cu_pack_bf16(float, float);
+__device__ uint32_t cu_add_bf16x2(uint32_t, uint32_t);
+__device__ uint32_t cu_add_f16x2(uint32_t, uint32_t);
 #endif
 
 // The launch's own error, 0 where there is none. More than 48 KiB of shared memory must be asked for kernel by kernel.
@@ -128,6 +141,9 @@ static inline int cu_copy_to_device(void *to, const void *from, size_t bytes, cu
 struct alignas(16) cu_vector16 {  // what one thread moves in one 16-byte access
     uint32_t word[4];
 };
+struct alignas(8) cu_vector8 {
+    uint32_t word[2];
+};
 
 CU_DEVICE float cu_bits_to_f32(uint32_t bits) {
     union {
@@ -170,12 +186,14 @@ struct cu_bf16 {
     static __device__ __forceinline__ float load(uint16_t h) { return cu_bf16_to_f32(h); }
     static __device__ __forceinline__ uint16_t store(float f) { return cu_f32_to_bf16(f); }
     static __device__ __forceinline__ void mma(float *d, const uint32_t *a, const uint32_t *b) { cu_mma_bf16(d, a, b); }
+    static __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) { return cu_add_bf16x2(a, b); }
 };
 struct cu_f16 {
     typedef uint16_t stored;
     static __device__ __forceinline__ float load(uint16_t h) { return cu_f16_to_f32(h); }
     static __device__ __forceinline__ uint16_t store(float f) { return cu_f32_to_f16(f); }
     static __device__ __forceinline__ void mma(float *d, const uint32_t *a, const uint32_t *b) { cu_mma_f16(d, a, b); }
+    static __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) { return cu_add_f16x2(a, b); }
 };
 struct cu_f32 {
     typedef float stored;

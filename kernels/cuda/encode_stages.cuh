@@ -81,8 +81,8 @@ CU_DEVICE void cu_encode_stages(const rbe_cu_search &s, int64_t table, int64_t d
             }
             CU_UNROLL
             for (int u = 0; u < CU_EACH; ++u) {
-                const float limit = __shfl_sync(CU_WARP, best.value, CU_BEAM - 1) - base;
-                if (best.count == CU_BEAM && !__ballot_sync(CU_WARP, bound[u] < limit)) continue;
+                const float limit = __shfl_sync(CU_WARP, best.value, CU_BEAM - 1);
+                if (best.count == CU_BEAM && !__ballot_sync(CU_WARP, base + bound[u] < limit)) continue;
                 cu_keep_row(&best, CU_BEAM, base + bound[u], b * RBE_BASIS_VECTORS + 32 * u);
             }
         }

@@ -86,8 +86,9 @@ int rbe_cu_column_sums(const rbe_cu_matrix *a, rbe_dtype real, void *out, void *
 int rbe_cu_sum_splits(const void *in, rbe_dtype real, int64_t splits, int64_t count, void *out, void *stream);
 
 // ---- residuals that are multiplied apart (residual.cu) ----
-// out [rows, cols] = bytes, times scale [rows] or [cols] where it is not NULL.
-int rbe_cu_widen(const int8_t *bytes, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, rbe_dtype dtype, void *stream);
+// out [rows, cols] = bytes, int8 or e4m3, times scale [rows] or [cols] where it is not NULL.
+int rbe_cu_widen(const void *bytes, bool e4m3, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, rbe_dtype dtype,
+                 void *stream);
 // out [padded, n]: tokens of x as int8 or e4m3, each in units of scale[t], then zeros.
 int rbe_cu_round_tokens(const rbe_cu_matrix *x, int64_t padded, bool e4m3, uint8_t *out, float *scale, void *stream);
 // y[t, i] += sums[t, i] * row_scale[i] * token_scale[t]; sums dense, int32 or float32.
@@ -115,6 +116,15 @@ int rbe_cu_lookup(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float
 int64_t rbe_cu_decode_mma_splits(const rbe_cu_codes *codes, int64_t tokens);
 int rbe_cu_decode_mma(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, const float *gain, const float *bias,
                       const rbe_cu_residual *residual, const rbe_cu_matrix *y, int64_t splits, float *partial, void *stream);
+// rbe8xM_g8 with M up to 4 and rbe16sxM_g8 with M up to 2, x half, rows and columns below 2^30 (fragments.cu): W is decoded into the registers
+// of tensor cores. arranged: as many vectors of 16 bytes as rbe_cu_fragments_arranged says; padded: as many bytes as
+// rbe_cu_fragments_padded says. Where splits is 1 the result is y; else splits of columns, each [T, m] float32, for rbe_cu_finish_product
+// to add (neither gain nor bias is in them).
+int64_t rbe_cu_fragments_arranged(const rbe_cu_codes *codes, int64_t tokens);
+int64_t rbe_cu_fragments_padded(const rbe_cu_codes *codes);
+int64_t rbe_cu_fragments_splits(const rbe_cu_codes *codes, int64_t tokens);
+int rbe_cu_fragments(const rbe_cu_codes *codes, const rbe_cu_matrix *x, const float *basis, const float *gain, const float *bias,
+                     const rbe_cu_matrix *y, void *arranged, uint8_t *padded, int64_t splits, float *partial, void *stream);
 
 // ---- backward ----
 // Rows sorted by code, stable: order [Q, m], start [Q, 257] (sort.cu).

@@ -7,24 +7,26 @@ static unsigned blocks_of(int64_t threads) { return (unsigned)((threads + THREAD
 
 template <class Out, class Real>
 static __global__ void __launch_bounds__(THREADS)
-    widen(const int8_t *bytes, int64_t rows, int64_t cols, const float *scale, bool by_row, typename Out::stored *out) {
+    widen(const uint8_t *bytes, bool e4m3, int64_t rows, int64_t cols, const float *scale, bool by_row, typename Out::stored *out) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (at >= rows * cols) return;
-    const Real value = bytes[at];
+    const Real value = e4m3 ? (Real)cu_e4m3_to_f32(bytes[at]) : (Real)(int8_t)bytes[at];
     out[at] = Out::store(scale ? value * (Real)scale[by_row ? at / cols : at % cols] : value);
 }
 template <class Out, class Real = float>
-static int launch_widen(const int8_t *bytes, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, void *stream) {
-    return cu_launch(widen<Out, Real>, dim3(blocks_of(rows * cols)), dim3(THREADS), 0, (cudaStream_t)stream, bytes, rows, cols, scale, by_row,
-                     (typename Out::stored *)out);
+static int launch_widen(const uint8_t *bytes, bool e4m3, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, void *stream) {
+    return cu_launch(widen<Out, Real>, dim3(blocks_of(rows * cols)), dim3(THREADS), 0, (cudaStream_t)stream, bytes, e4m3, rows, cols, scale,
+                     by_row, (typename Out::stored *)out);
 }
 
-int rbe_cu_widen(const int8_t *bytes, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, rbe_dtype dtype, void *stream) {
+int rbe_cu_widen(const void *bytes, bool e4m3, int64_t rows, int64_t cols, const float *scale, bool by_row, void *out, rbe_dtype dtype,
+                 void *stream) {
+    const uint8_t *from = (const uint8_t *)bytes;
     switch (dtype) {
-        case RBE_F64: return launch_widen<cu_f64, double>(bytes, rows, cols, scale, by_row, out, stream);
-        case RBE_BF16: return launch_widen<cu_bf16>(bytes, rows, cols, scale, by_row, out, stream);
-        case RBE_F16: return launch_widen<cu_f16>(bytes, rows, cols, scale, by_row, out, stream);
-        default: return launch_widen<cu_f32>(bytes, rows, cols, scale, by_row, out, stream);
+        case RBE_F64: return launch_widen<cu_f64, double>(from, e4m3, rows, cols, scale, by_row, out, stream);
+        case RBE_BF16: return launch_widen<cu_bf16>(from, e4m3, rows, cols, scale, by_row, out, stream);
+        case RBE_F16: return launch_widen<cu_f16>(from, e4m3, rows, cols, scale, by_row, out, stream);
+        default: return launch_widen<cu_f32>(from, e4m3, rows, cols, scale, by_row, out, stream);
     }
 }
 

@@ -41,6 +41,12 @@ V_INLINE vf v_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
 V_INLINE vi v_to_int(vf x) { return _mm256_cvttps_epi32(x); }  // truncates
 V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 V_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }  // b where either is NaN
+V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+V_INLINE float v_largest(vf x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 V_INLINE vi v_bits(vf x) { return _mm256_castps_si256(x); }
 V_INLINE vf v_of_bits(vi x) { return _mm256_castsi256_ps(x); }
 
@@ -83,6 +89,7 @@ V_INLINE void v_store_f16(uint16_t *p, vf x) {
 }
 V_INLINE void vi_store_u16(uint16_t *p, vi x) { _mm_storeu_si128((__m128i *)(void *)p, v_narrow16(x)); }
 V_INLINE vi v_lt(vf a, vf b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }  // all ones where a < b
+V_INLINE uint32_t v_ge_bits(vf a, vf b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }  // bit l: lane l of a >= that of b
 V_INLINE vi v_nan(vf x) { return _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }  // all ones where NaN
 
 // lane r = sum of the lanes of part[r]

@@ -35,6 +35,8 @@ V_INLINE vf v_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 V_INLINE vi v_to_int(vf x) { return _mm512_cvttps_epi32(x); }  // truncates
 V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
 V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+V_INLINE float v_largest(vf x) { return _mm512_reduce_max_ps(x); }
 V_INLINE vi v_bits(vf x) { return _mm512_castps_si512(x); }
 V_INLINE vf v_of_bits(vi x) { return _mm512_castsi512_ps(x); }
 
@@ -77,6 +79,7 @@ V_INLINE void v_store_f16(uint16_t *p, vf x) {
 // low 16 bits of every lane
 V_INLINE void vi_store_u16(uint16_t *p, vi x) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(x)); }
 V_INLINE vi v_lt(vf a, vf b) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)); }  // all ones where a < b
+V_INLINE uint32_t v_ge_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // bit l: lane l of a >= that of b
 V_INLINE vi v_nan(vf x) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)); }  // all ones where NaN
 
 // lane r = sum of the lanes of part[r]

@@ -44,6 +44,8 @@ V_INLINE vf v_from_int(vi x) { return vcvtq_f32_s32(x); }
 V_INLINE vi v_to_int(vf x) { return vcvtq_s32_f32(x); }  // truncates
 V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
 V_INLINE vf v_min(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }  // b where either is NaN
+V_INLINE vf v_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // b where either is NaN
+V_INLINE float v_largest(vf x) { return vmaxvq_f32(x); }
 V_INLINE vi v_bits(vf x) { return vreinterpretq_s32_f32(x); }
 V_INLINE vf v_of_bits(vi x) { return vreinterpretq_f32_s32(x); }
 
@@ -90,6 +92,11 @@ V_INLINE vf v_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16
 V_INLINE void v_store_f16(uint16_t *p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 V_INLINE void vi_store_u16(uint16_t *p, vi x) { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(x))); }  // low 16 bits of every lane
 V_INLINE vi v_lt(vf a, vf b) { return vreinterpretq_s32_u32(vcltq_f32(a, b)); }  // all ones where a < b
+// bit l: lane l of a >= that of b
+V_INLINE uint32_t v_ge_bits(vf a, vf b) {
+    const uint32x4_t bit = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), bit));
+}
 V_INLINE vi v_nan(vf x) { return vreinterpretq_s32_u32(vmvnq_u32(vceqq_f32(x, x))); }               // all ones where NaN
 
 // lane r = sum of the lanes of part[r]

@@ -37,6 +37,8 @@ V_INLINE vf v_from_int(vi x) { return (float)x; }
 V_INLINE vi v_to_int(vf x) { return x == x ? (int32_t)x : INT32_MIN; }  // truncates
 V_INLINE vf v_abs(vf x) { return __builtin_fabsf(x); }
 V_INLINE vf v_min(vf a, vf b) { return a < b ? a : b; }  // b where either is NaN
+V_INLINE vf v_max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
+V_INLINE float v_largest(vf x) { return x; }
 V_INLINE vi v_bits(vf x) {
     vi bits;
     memcpy(&bits, &x, sizeof bits);
@@ -76,6 +78,7 @@ V_INLINE vi vi_gather(const void *p, vi offset) {
 V_INLINE vf v_load_bf16(const uint16_t *p) { return v_of_bits((vi)((uint32_t)*p << 16)); }
 V_INLINE void vi_store_u16(uint16_t *p, vi x) { *p = (uint16_t)x; }
 V_INLINE vi v_lt(vf a, vf b) { return a < b ? -1 : 0; }  // all ones where a < b
+V_INLINE uint32_t v_ge_bits(vf a, vf b) { return a >= b; }  // bit l: lane l of a >= that of b
 V_INLINE vi v_nan(vf x) { return x == x ? 0 : -1; }  // all ones where NaN
 
 V_INLINE vf v_load_f16(const uint16_t *p) {

@@ -72,7 +72,6 @@ class Names:
         longest = int(lengths.max())
         return self.ids[entities, :longest].to(device), (torch.arange(longest) < lengths[:, None]).long().to(device)
 
-
     def batches(self, count: int = 16, size: int = 64, seed: int = 0, device: str = "cpu") -> list[dict[str, Tensor]]:
         """Random names as a model is called with them: what compression is calibrated on."""
         drawn = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(seed))[: count * size]
@@ -92,6 +91,14 @@ def encode_all(model: nn.Module, names: Names, batch: int = 256) -> Tensor:
     return torch.empty_like(points).index_copy_(0, order.to(device), points)
 
 
+def encode(model: nn.Module, names: Names, entities: Tensor, device: torch.device) -> Tensor:
+    """Points [len(entities), d] for a training step, in two lots, short names and long ones: half of the padding of one."""
+    order = names.lengths[entities].argsort(stable=True)
+    lots = [lot for lot in order.tensor_split(2) if len(lot)]
+    points = torch.cat([model(*names.batch(entities[lot], device)).embedding for lot in lots])
+    return points[order.argsort().to(device)]
+
+
 def optimiser_of(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """AdamW without decay: dense weights at lr, the format's parameters at their own rates, log(c) at CURVATURE_RATE."""
     curvature = [p for name, p in model.named_parameters() if name.endswith("log_c") and p.requires_grad]
@@ -105,7 +112,7 @@ def optimiser_of(model: nn.Module, options: Options) -> torch.optim.Optimizer:
             group["lr"] *= options.rbe_rate
     if curvature:
         groups.append({"name": "curvature", "params": curvature, "lr": CURVATURE_RATE})
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
 def train(
@@ -118,15 +125,16 @@ def train(
     every: float = 60.0,
     report: Callable[[int, float], None] | None = None,
     stop_at: int | None = None,
+    optimiser_for: Callable[[nn.Module, Options], torch.optim.Optimizer] | None = None,
 ) -> list[float]:
     """Trains `model` in place and returns the loss of every step.
 
     checkpoint: a file written every `every` seconds and after the last step; if it is there the run goes on where it stopped, to the same
-    end. stop_at: leave after this step, as an interruption would. ValueError: the checkpoint is of a run with other options or pairs, or
-    the loss is not finite.
+    end. stop_at: leave after this step, as an interruption would. optimiser_for: makes another optimiser than optimiser_of. ValueError: the
+    checkpoint is of a run with other options or pairs, or the loss is not finite.
     """
     device = next(model.parameters()).device
-    optimiser = optimiser_of(model, options)
+    optimiser = (optimiser_for or optimiser_of)(model, options)
     rates = [group["lr"] for group in optimiser.param_groups]
     identity = {**asdict(options), "pairs": len(pairs), "entities": len(hierarchy.names)}
     losses: list[float] = []
@@ -161,7 +169,7 @@ def train(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):
-            points = model(*names.batch(entities, device)).embedding
+            points = encode(model, names, entities, device)
         points = points.float()[place.to(device)]
         loss = hierarchy_loss(model.manifold, points[:, 0], points[:, 1], points[:, 2:], options.alpha, options.beta)
         optimiser.zero_grad(set_to_none=True)

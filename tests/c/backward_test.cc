@@ -1,50 +1,9 @@
 // rbe_linear_backward on every ISA the host has, both paths, every layout, shape class, type and stride, against the float64 reference.
-#include "product_case.h"
+#include "backward_case.h"
 
 namespace {
 
 const rbe_path kPaths[] = {RBE_PATH_TABLE, RBE_PATH_DECODE};
-
-struct Gradients {
-    Matrix dx;
-    std::vector<float> basis, gain, bias, amplitude, scale;
-    rbe_gradients out{};
-    Gradients(const Weight &weight, rbe_dtype dtype, int64_t tokens, Matrix::Shape shape)
-        : dx(dtype, tokens, weight.w.cols, shape), basis(weight.basis.size(), 9.0f), gain(weight.gain.size(), 9.0f), bias(weight.gain.size(), 9.0f),
-          amplitude(weight.amplitude.size(), 9.0f), scale(weight.words.size(), 9.0f) {
-        out = {&dx.view, basis.data(), gain.data(), bias.data(), amplitude.empty() ? nullptr : amplitude.data(), scale.data()};
-    }
-};
-
-struct Backward {
-    Weight weight;
-    Matrix x, dy;
-    Gradients got, truth;
-    Backward(const std::string &layout, int64_t m, int64_t n, int64_t tokens, std::mt19937 &random, Weight::Codes codes = Weight::kWords,
-             rbe_dtype dtype = RBE_F32, Matrix::Shape in = Matrix::kRows, Matrix::Shape out = Matrix::kRows)
-        : weight(layout, m, n, random, codes), x(dtype, tokens, n, in), dy(dtype, tokens, m, in), got(weight, dtype, tokens, out),
-          truth(weight, RBE_F64, tokens, Matrix::kRows) {
-        x.fill(random);
-        dy.fill(random);
-    }
-    void reference() { rbe_reference_linear_backward(&weight.w, &dy.view, &x.view, &truth.out); }
-    void run(const rbe_parallel *threads = nullptr) {
-        rbe_error err;
-        ASSERT_EQ(rbe_linear_backward(&weight.w, &dy.view, &x.view, &got.out, threads, &err), RBE_OK) << err.text;
-    }
-    void check(const std::string &what) {
-        const std::vector<char> before = got.dx.surroundings();
-        run();
-        const double error = x.view.dtype == RBE_F32 ? kFloat32Error : kHalfGradientError;
-        if (got.out.dx) expect_near(got.dx, truth.dx, error, what + " dx");
-        if (got.out.basis) expect_near(got.basis, truth.basis, error, what + " dbasis");
-        if (got.out.gain) expect_near(got.gain, truth.gain, error, what + " dgain");
-        if (got.out.bias) expect_near(got.bias, truth.bias, error, what + " dbias");
-        if (got.out.scale) expect_near(got.scale, truth.scale, error, what + " dscale");
-        if (got.out.amplitude) expect_near(got.amplitude, truth.amplitude, error, what + " damplitude");
-        ASSERT_EQ(before, got.dx.surroundings()) << what << ": wrote outside dx";
-    }
-};
 
 TEST(Backward, EveryIsaPathAndLayoutAgreesWithTheReference) {
     std::mt19937 random(1);
@@ -205,7 +164,7 @@ TEST(Backward, RefusesWhatDoesNotFit) {
         spoil(b);
         rbe_error err;
         err.text[0] = 0;
-        EXPECT_EQ(rbe_linear_backward(&b.weight.w, &b.dy.view, &b.x.view, &b.got.out, nullptr, &err), RBE_BAD_ARGUMENT);
+        EXPECT_EQ(rbe_linear_backward(&b.weight.w, &b.dy.view, &b.x.view, &b.got.out, RBE_ACCURACY_AUTO, nullptr, &err), RBE_BAD_ARGUMENT);
         EXPECT_NE(std::string(err.text).find(word), std::string::npos) << err.text;
     };
     refused("dy: has 2 rows", [](Backward &b) { b.dy.view.rows = 2; });

@@ -85,7 +85,7 @@ TEST(Bytes, DecodeAndBackwardTakeInterleavedCodes) {
         rbe_error err;
         ASSERT_EQ(rbe_decode(w, dense[side].data(), nullptr, &err), RBE_OK) << err.text;
         const rbe_gradients out = {side ? &dx1.view : &dx0.view, dbasis[side].data(), dgain[side].data(), nullptr, nullptr, nullptr};
-        ASSERT_EQ(rbe_linear_backward(w, &dy.view, &x.view, &out, nullptr, &err), RBE_OK) << err.text;
+        ASSERT_EQ(rbe_linear_backward(w, &dy.view, &x.view, &out, RBE_ACCURACY_AUTO, nullptr, &err), RBE_OK) << err.text;
     }
     ASSERT_EQ(dense[0], dense[1]);
     ASSERT_EQ(dbasis[0], dbasis[1]);

@@ -94,6 +94,27 @@ TEST(CudaBackward, ManyRowsOfACodeAndProductsInPieces) {
     }
 }
 
+// dx = dy W of the codes by table, then dx += dy R: three products by cuBLASLt beside those of the table, in two pieces of rows.
+TEST(CudaBackward, ResidualsOfEightBitsBesideCodesByTable) {
+    std::mt19937 random(9);
+    for (const char *layout : {"rbe22_g16+int8", "rbe8x2_g8+fp8"}) {
+        for (rbe_dtype dtype : {RBE_F32, RBE_BF16, RBE_F16}) {
+            if (kRaces && dtype != RBE_BF16) continue;
+            Backward b(layout, 40, 50, 9, random, Weight::kPacked, dtype);
+            const OnPath by_table(RBE_CUDA_GATHER);
+            int calls[2];
+            for (int pieces = 0; pieces < 2; ++pieces) {
+                rbe_cuda_use_workspace(pieces ? 25 * 50 * (int64_t)b.x.size() : 0);
+                calls[pieces] = standin("standin_calls");
+                b.check(std::string(layout) + " dtype " + std::to_string(dtype));
+                calls[pieces] = standin("standin_calls") - calls[pieces];
+                rbe_cuda_use_workspace(0);
+            }
+            EXPECT_EQ(calls[1], calls[0] + 1) << layout;
+        }
+    }
+}
+
 TEST(CudaBackward, AmplitudesAndTheirGradient) {
     std::mt19937 random(3);
     for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5"}) {

@@ -150,6 +150,14 @@ static inline uint16_t cu_f32_to_bf16(float f) {
 }
 
 static inline uint32_t cu_pack_bf16(float low, float high) { return cu_f32_to_bf16(low) | (uint32_t)cu_f32_to_bf16(high) << 16; }
+static inline uint32_t cu_add_bf16x2(uint32_t a, uint32_t b) {
+    const auto number = [](uint32_t half) { return emu::from_bits<float>((uint64_t)half << 16); };
+    return cu_pack_bf16(number(a & 0xFFFFu) + number(b & 0xFFFFu), number(a >> 16) + number(b >> 16));
+}
+static inline uint32_t cu_add_f16x2(uint32_t a, uint32_t b) {
+    return cu_f32_to_f16(cu_f16_to_f32((uint16_t)a) + cu_f16_to_f32((uint16_t)b)) |
+           (uint32_t)cu_f32_to_f16(cu_f16_to_f32((uint16_t)(a >> 16)) + cu_f16_to_f32((uint16_t)(b >> 16))) << 16;
+}
 
 // A launcher returns 0 or CUDA's error code.
 template <class... Parameters, class... Arguments>

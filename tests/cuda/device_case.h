@@ -54,7 +54,7 @@ struct OnPath {
     ~OnPath() { rbe_cuda_use_path(-1); }
 };
 
-inline const char *kPathNames[] = {"lookup", "token", "tiles", "gather", "decode_mma", "decode_gemm"};
+inline const char *kPathNames[] = {"lookup", "token", "tiles", "gather", "fragments", "decode_mma", "decode_gemm"};
 
 // As expect_near, for results whose rounding errors grow with the row of W they belong to: room is error times the root mean square of the
 // truth of that row, or of all if that is more. Of a gradient of the basis only what is not zero counts.

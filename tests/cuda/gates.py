@@ -23,13 +23,13 @@ FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT}"]  # as CMakeLists.txt
 SKIPPED = 77
 # instruction -> kernels (start of the name) that must hold it
 MEANT = {
-    "HMMA": ["tiles_half", "decode_mma"],
+    "HMMA": ["tiles_half", "decode_mma", "fragments"],
     "LDSM": ["tiles_half", "decode_mma"],
     "LDGSTS": ["tiles_half", "decode_mma", "gather_f32"],  # cp.async
-    "LDS.128": ["tiles_half"],
+    "LDS.128": ["tiles_half", "fragments"],
     "LDG.E.128": ["lookup"],
 }
-COLUMNS = ["kernel", "sm", "registers", "shared", "spilled", *MEANT]
+COLUMNS = ["registers", "shared", "spilled", *MEANT]
 
 
 def run(*command: str) -> str:
@@ -80,6 +80,16 @@ def failures(rows: list[dict[str, object]]) -> list[str]:
     return found + [f"there is no kernel {kernel}" for kernel in dict.fromkeys(missing)]
 
 
+def table(rows: list[dict[str, object]], architectures: list[str]) -> str:
+    """A row a kernel; of what differs between architectures a value for each, in their order."""
+    text = ["| kernel | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1)]
+    for kernel in dict.fromkeys(str(row["kernel"]) for row in rows):
+        found = [next(row for row in rows if row["kernel"] == kernel and row["sm"] == sm) for sm in architectures]
+        cells = [[str(row[column]) for row in found] for column in COLUMNS]
+        text.append(f"| {kernel} | " + " | ".join(cell[0] if len(set(cell)) == 1 else "/".join(cell) for cell in cells) + " |")
+    return "\n".join(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["90"], help="architectures, without sm_")
@@ -94,11 +104,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [pool.submit(report, source, arch, Path(folder)) for arch in arguments.arch for source in sources]
         rows = [row for job in jobs for row in job.result()]
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
+    versions = [run(tool, "--version").strip().splitlines()[-2].split("release ")[-1] for tool in ("nvcc", "nvdisasm") if shutil.which(tool)]
+    print("nvcc, nvdisasm " + ", ".join(versions) + "; sm_" + "/".join(arguments.arch) + "\n")
+    print(table(rows, arguments.arch))
     found = failures(rows)
-    print("\n".join(["", *found]) if found else f"\n{len(rows)} kernels pass")
+    print("\n".join(["", *found]) if found else f"\n{len(rows)} kernels pass (each architecture counted)")
     return 1 if found else 0
 
 

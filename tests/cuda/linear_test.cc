@@ -63,6 +63,10 @@ TEST(CudaLinear, SizesAroundEveryTileEdge) {
         {"rbe8x2_g8", RBE_CUDA_DECODE_MMA, RBE_BF16, 129, 65, 129}, {"rbe16s_g8", RBE_CUDA_DECODE_MMA, RBE_F16, 128, 136, 17},
         {"rbe16s_g8", RBE_CUDA_DECODE_MMA, RBE_BF16, 5, 520, 1},    {"rbe8x2_g8+int8", RBE_CUDA_DECODE_MMA, RBE_BF16, 7, 300, 50},
         {"rbe9r_g8", RBE_CUDA_TOKEN, RBE_F32, 17, 300, 16},    {"rbe22_g64", RBE_CUDA_TOKEN, RBE_BF16, 9, 65, 5},
+        {"rbe8x2_g8", RBE_CUDA_FRAGMENTS, RBE_BF16, 97, 264, 17},   {"rbe8_g8", RBE_CUDA_FRAGMENTS, RBE_F16, 95, 512, 16},
+        {"rbe8x3_g8", RBE_CUDA_FRAGMENTS, RBE_BF16, 66, 129, 3},    {"rbe8x4_g8", RBE_CUDA_FRAGMENTS, RBE_F16, 5, 65, 129},
+        {"rbe16s_g8", RBE_CUDA_FRAGMENTS, RBE_BF16, 257, 256, 130}, {"rbe16sx2_g8", RBE_CUDA_FRAGMENTS, RBE_F16, 31, 71, 50},
+        {"rbe8x2_g8", RBE_CUDA_FRAGMENTS, RBE_BF16, 9, 2304, 2},    {"rbe8x2_g8", RBE_CUDA_FRAGMENTS, RBE_F16, 300, 512, 60},
     };
     for (const auto &c : cases) {
         if (kRaces && c.rows * c.tokens * c.cols > 600000) continue;
@@ -71,6 +75,25 @@ TEST(CudaLinear, SizesAroundEveryTileEdge) {
         p.run();
         expect_rounded(p.got, p.truth, room(c.dtype), std::string(c.layout) + " " + kPathNames[c.path] + " " + std::to_string(c.rows));
         if (::testing::Test::HasFatalFailure()) return;
+    }
+}
+
+TEST(CudaLinear, GroupsOfEightWithoutAScaleAreDecodedIntoRegisters) {
+    struct {
+        const char *layout;
+        rbe_dtype dtype;
+        int64_t tokens;
+        int path;
+    } cases[] = {
+        {"rbe8x2_g8", RBE_BF16, 1, RBE_CUDA_LOOKUP},      {"rbe8x2_g8", RBE_BF16, 2, RBE_CUDA_FRAGMENTS},      {"rbe8x4_g8", RBE_F16, 2048, RBE_CUDA_FRAGMENTS},
+        {"rbe16s_g8", RBE_F16, 1, RBE_CUDA_FRAGMENTS},    {"rbe16sx2_g8", RBE_BF16, 16, RBE_CUDA_FRAGMENTS},   {"rbe8x5_g8", RBE_BF16, 16, RBE_CUDA_DECODE_MMA},
+        {"rbe8x2_g16", RBE_BF16, 16, RBE_CUDA_DECODE_MMA}, {"rbe8x2_g8+int8", RBE_BF16, 16, RBE_CUDA_DECODE_MMA}, {"rbe8x2_g8", RBE_F32, 16, RBE_CUDA_DECODE_GEMM},
+    };
+    for (const auto &c : cases) {
+        rbe_layout layout;
+        rbe_error err;
+        ASSERT_EQ(rbe_layout_parse(c.layout, std::strlen(c.layout), &layout, &err), RBE_OK) << err.text;
+        EXPECT_EQ(rbe_cuda_plan(&layout, c.dtype, 4096, 4096, c.tokens), c.path) << c.layout << " " << c.tokens;
     }
 }
 
