@@ -76,7 +76,12 @@ void rbe_half_tokens__avx512amx(int64_t tokens, int64_t g, int64_t w, const floa
     _tile_dpbf16ps(3, 5, 7)
 
 static inline void round_block(const float *block, const float *lanes, int64_t w, uint16_t *p) {
-    const vf low = lanes ? v_load(lanes) : v_set1(1.0f), high = lanes ? v_load(lanes + 16) : low;
+    if (!lanes) {
+        for (int64_t i = 0; i < 32; ++i)
+            for (int h = 0; h < 2; ++h) v_store_f16(p + i * w + 16 * h, v_load(block + i * 32 + 16 * h));
+        return;
+    }
+    const vf low = v_load(lanes), high = v_load(lanes + 16);
     for (int64_t i = 0; i < 32; ++i) {
         v_store_f16(p + i * w, v_mul(low, v_load(block + i * 32)));
         v_store_f16(p + i * w + 16, v_mul(high, v_load(block + i * 32 + 16)));
