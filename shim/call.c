@@ -5,6 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 rbe_status rbe_call_fail(rbe_call *call, const char *format, ...) {
     va_list arguments;
@@ -36,6 +39,25 @@ void *rbe_call_allocate(rbe_call *call, size_t bytes) {
     return memory;
 }
 
+static int64_t element_size(int32_t dtype) {
+    if (dtype == torch.aoti_torch_dtype_uint8()) return 1;
+    if (dtype == torch.aoti_torch_dtype_bfloat16() || dtype == torch.aoti_torch_dtype_float16()) return 2;
+    return dtype == torch.aoti_torch_dtype_float64() ? 8 : 4;
+}
+
+// A result so large that malloc takes it from the system each time is written first in pages that the system clears one by one: a third of the time
+// of a product with many tokens. Asks for large pages; a refusal costs nothing.
+static void ask_for_large_pages(void *data, int64_t bytes) {
+#ifdef __linux__
+    enum { LARGE_RESULT = 16 << 20, LARGE_PAGE = 2 << 20 };
+    if (bytes < LARGE_RESULT) return;
+    const uintptr_t begin = ((uintptr_t)data + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE, end = ((uintptr_t)data + (uintptr_t)bytes) / LARGE_PAGE * LARGE_PAGE;
+    madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 rbe_status rbe_call_result(rbe_call *call, int dims, const int64_t *sizes, int32_t dtype, void **data) {
     int64_t strides[64], step = 1;
     for (int d = dims - 1; d >= 0; d--) {
@@ -49,6 +71,7 @@ rbe_status rbe_call_result(rbe_call *call, int dims, const int64_t *sizes, int32
     }
     call->results[call->result_count++] = t;
     torch.torch_get_mutable_data_ptr(t, data);
+    if (!rbe_on_cuda(call)) ask_for_large_pages(*data, step * element_size(dtype));
     return RBE_OK;
 }
 
