@@ -51,9 +51,11 @@ def param_groups(model: nn.Module, lr: float = 1e-3, rest: float | None = None) 
     No weight decay on amplitudes, basis and gains: it would pull amplitudes to 0, where a code is lost, and on gain and basis it acts on
     the same product twice.
 
-    ValueError: a rate is not positive and finite. A model trained with an optimiser whose groups ignore this warns once (rbe_torch/watch.py).
+    TypeError, ValueError: a rate is no number, or not positive and finite. A model trained with an optimiser whose groups ignore this warns once (rbe_torch/watch.py).
     """
     for name, value in (("lr", lr), ("rest", lr if rest is None else rest)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name}: is a {type(value).__name__}, must be a number")
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: is {value}, must be positive and finite")
     rest = lr if rest is None else rest

@@ -56,3 +56,12 @@ def test_a_rate_of_the_rest_that_is_none_is_refused(rest: float) -> None:
 def test_a_layout_without_amplitudes_has_no_multiple() -> None:
     with pytest.raises(ValueError, match="layout: rbe8x2_g8 has no amplitude"):
         amplitude_multiple("rbe8x2_g8", 64)
+
+
+@pytest.mark.parametrize(("given", "error", "says"), [
+    ({"lr": "1e-3"}, TypeError, "lr: is a str, must be a number"), ({"lr": 0.0}, ValueError, "lr: is 0.0, must be positive"),
+    ({"rest": float("nan")}, ValueError, "rest: is nan, must be positive"),
+])  # fmt: skip
+def test_rates_that_are_none_are_refused(given, error, says) -> None:
+    with pytest.raises(error, match=says):
+        rbe_torch.param_groups(torch.nn.Linear(2, 2), **given)
