@@ -43,13 +43,14 @@ need = @what=; packages=; $(1) \
 		echo "make: missing on this machine: $${what\#, }. Install (Debian, Ubuntu: apt-get install$$packages) or run make with RBE_APT=1." >&2; exit 1; \
 	fi
 , := ,
+hash := \#
 
 needs_build = $(call miss,$(PYTHON) -c 'import ensurepip$(,) venv',the venv module of $(PYTHON),python3-venv) \
               $(call miss,command -v $${CC:-cc},a C compiler,gcc libc6-dev)
 # torch.compile, which the tests use, needs g++ and Python.h
 needs_tests = $(call miss,command -v $${CXX:-c++},a C++ compiler,g++) \
               $(call miss,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',Python.h of $(PYTHON),python3-dev) \
-              $(call miss,echo '\#include <gtest/gtest.h>' | $${CXX:-c++} $$CXXFLAGS -E -x c++ -,GoogleTest,libgtest-dev)
+              $(call miss,echo '$(hash)include <gtest/gtest.h>' | $${CXX:-c++} $$CXXFLAGS -E -x c++ -,GoogleTest,libgtest-dev)
 
 needs-build:
 	$(call need,$(needs_build))
