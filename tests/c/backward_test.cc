@@ -73,7 +73,7 @@ TEST(Backward, AmplitudesAndTheirGradient) {
     std::mt19937 random(5);
     for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5", "rbe4r_g5", "rbe2r_g3"}) {
         Backward b(layout, 33, 70, 9, random, Weight::kAmplitude);
-        b.weight.amplitude[0] = 1.0f, b.weight.amplitude[1] = -1.0f, b.weight.amplitude[2] = 0.0f, b.weight.amplitude[3] = 3.0f;
+        b.edge_amplitudes();
         b.reference();
         for (const std::string &isa : host_isas()) {
             for (rbe_path path : kPaths) {
@@ -102,14 +102,8 @@ TEST(Backward, EachGradientAlone) {
     std::mt19937 random(7);
     for (int wanted = 0; wanted < 6; ++wanted) {
         Backward b("rbe22_g16", 20, 40, 9, random, Weight::kAmplitude);
-        rbe_gradients &out = b.got.out;
         b.reference();
-        if (wanted != 0) out.dx = nullptr;
-        if (wanted != 1) out.basis = nullptr;
-        if (wanted != 2) out.gain = nullptr;
-        if (wanted != 3) out.bias = nullptr;
-        if (wanted != 4) out.amplitude = nullptr;
-        if (wanted != 5) out.scale = nullptr;
+        b.want(wanted);
         for (rbe_path path : kPaths) {
             const Using use(host_isas().back(), path);
             b.check("only " + std::to_string(wanted));
@@ -159,18 +153,14 @@ TEST(Backward, SameBitsRunToRunAndForAnyNumberOfThreads) {
 
 TEST(Backward, RefusesWhatDoesNotFit) {
     std::mt19937 random(10);
-    const auto refused = [&](const char *word, const std::function<void(Backward &)> &spoil) {
+    for (const Misfit &misfit : kMisfits) {
         Backward b("rbe22_g16", 9, 40, 3, random);
-        spoil(b);
+        misfit.spoil(b);
         rbe_error err;
         err.text[0] = 0;
         EXPECT_EQ(rbe_linear_backward(&b.weight.w, &b.dy.view, &b.x.view, &b.got.out, RBE_ACCURACY_AUTO, nullptr, &err), RBE_BAD_ARGUMENT);
-        EXPECT_NE(std::string(err.text).find(word), std::string::npos) << err.text;
-    };
-    refused("dy: has 2 rows", [](Backward &b) { b.dy.view.rows = 2; });
-    refused("dx: has 41 columns", [](Backward &b) { b.got.dx.view.cols = 41; });
-    refused("dy: must have the dtype of x", [](Backward &b) { b.dy.view.dtype = RBE_F16; });
-    refused("amplitude: its gradient", [](Backward &b) { b.got.out.amplitude = b.got.scale.data(); });
+        EXPECT_NE(std::string(err.text).find(misfit.word), std::string::npos) << err.text;
+    }
 }
 
 }  // namespace

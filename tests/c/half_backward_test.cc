@@ -124,7 +124,7 @@ TEST(HalfBackward, AmplitudesAndTheirGradient) {
     std::mt19937 random(5);
     for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5", "rbe4r_g5", "rbe2r_g3"}) {
         HalfBackward b(layout, 33, 70, 40, random, Weight::kAmplitude);
-        b.weight.amplitude[0] = 1.0f, b.weight.amplitude[1] = -1.0f, b.weight.amplitude[2] = 0.0f, b.weight.amplitude[3] = 3.0f;
+        b.edge_amplitudes();
         b.weight.gain[3] = 0.0f;
         b.reference();
         for (const std::string &isa : half_isas()) {
@@ -138,14 +138,8 @@ TEST(HalfBackward, EachGradientAlone) {
     std::mt19937 random(7);
     for (int wanted = 0; wanted < 6; ++wanted) {
         HalfBackward b("rbe22_g16", 70, 90, 40, random, Weight::kAmplitude);
-        rbe_gradients &out = b.got.out;
         b.reference();
-        if (wanted != 0) out.dx = nullptr;
-        if (wanted != 1) out.basis = nullptr;
-        if (wanted != 2) out.gain = nullptr;
-        if (wanted != 3) out.bias = nullptr;
-        if (wanted != 4) out.amplitude = nullptr;
-        if (wanted != 5) out.scale = nullptr;
+        b.want(wanted);
         for (const std::string &isa : half_isas()) {
             const Using use(isa, RBE_PATH_TABLE_HALF);
             b.check_half("only " + std::to_string(wanted));

@@ -1,6 +1,7 @@
 // rbe_cuda_linear_backward, the kernels themselves run on the CPU, against the float64 reference.
 #include <algorithm>
 
+#include "../c/backward_case.h"
 #include "device_case.h"
 
 namespace {
@@ -11,28 +12,11 @@ const bool kRaces = true;  // a tenth of the speed: every kernel and path once
 const bool kRaces = false;
 #endif
 
-struct Gradients {
-    Matrix dx;
-    std::vector<float> basis, gain, bias, amplitude, scale;
-    rbe_gradients out{};
-    Gradients(const Weight &weight, rbe_dtype dtype, int64_t tokens)
-        : dx(dtype, tokens, weight.w.cols), basis(weight.basis.size(), NAN), gain(weight.gain.size(), NAN), bias(weight.gain.size(), NAN),
-          amplitude(weight.amplitude.size(), NAN), scale(weight.words.size(), NAN) {
-        out = {&dx.view, basis.data(), gain.data(), bias.data(), amplitude.empty() ? nullptr : amplitude.data(), scale.data()};
-    }
-};
-
-struct Backward {
-    Weight weight;
-    Matrix x, dy;
-    Gradients got, truth;
+struct Backward : BackwardCase {
     Backward(const std::string &layout, int64_t m, int64_t n, int64_t tokens, std::mt19937 &random, Weight::Codes codes = Weight::kWords,
              rbe_dtype dtype = RBE_F32, Matrix::Shape shape = Matrix::kRows)
-        : weight(layout, m, n, random, codes), x(dtype, tokens, n, shape), dy(dtype, tokens, m, shape), got(weight, dtype, tokens),
-          truth(weight, RBE_F64, tokens) {
-        x.fill(random);
-        dy.fill(random);
-        rbe_reference_linear_backward(&weight.w, &dy.view, &x.view, &truth.out);
+        : BackwardCase(layout, m, n, tokens, random, codes, dtype, shape) {
+        reference();
     }
     void run() {
         Device device;
@@ -120,7 +104,7 @@ TEST(CudaBackward, AmplitudesAndTheirGradient) {
     for (const char *layout : {"rbe22_g16", "rbe32x2_g8", "rbe9r_g5"}) {
         if (kRaces && layout[3] != '2') continue;
         Backward b(layout, 33, kRaces ? 30 : 70, 9, random, Weight::kAmplitude);
-        b.weight.amplitude[0] = 1.0f, b.weight.amplitude[1] = -1.0f, b.weight.amplitude[2] = 0.0f, b.weight.amplitude[3] = 3.0f;
+        b.edge_amplitudes();
         rbe_reference_linear_backward(&b.weight.w, &b.dy.view, &b.x.view, &b.truth.out);
         for (int path : kPaths) {
             const OnPath on(path);
@@ -213,19 +197,15 @@ TEST(CudaBackward, SameBitsInEveryOrderOfThreadsAndBlocks) {
 
 TEST(CudaBackward, RefusesWhatDoesNotFit) {
     std::mt19937 random(8);
-    const auto refused = [&](const char *word, const std::function<void(Backward &)> &spoil) {
+    for (const Misfit &misfit : kMisfits) {
         Backward b("rbe22_g16", 9, 40, 3, random);
-        spoil(b);
+        misfit.spoil(b);
         Device device;
         rbe_error err;
         err.text[0] = 0;
         EXPECT_EQ(rbe_cuda_linear_backward(&b.weight.w, &b.dy.view, &b.x.view, &b.got.out, &device.device, &err), RBE_BAD_ARGUMENT);
-        EXPECT_NE(std::string(err.text).find(word), std::string::npos) << err.text;
-    };
-    refused("dy: has 2 rows", [](Backward &b) { b.dy.view.rows = 2; });
-    refused("dx: has 41 columns", [](Backward &b) { b.got.dx.view.cols = 41; });
-    refused("dy: must have the dtype of x", [](Backward &b) { b.dy.view.dtype = RBE_F16; });
-    refused("amplitude: its gradient", [](Backward &b) { b.got.out.amplitude = b.got.scale.data(); });
+        EXPECT_NE(std::string(err.text).find(misfit.word), std::string::npos) << err.text;
+    }
 }
 
 }  // namespace
