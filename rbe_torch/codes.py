@@ -50,6 +50,13 @@ def second_moment(words: Tensor, layout: Layout) -> float:
     return float(scale.square().mean())
 
 
+def scaled_amplitude(amplitude: Tensor, factor: float, layout: Layout) -> Tensor:
+    """Amplitudes whose scales, on the curve that random_words takes, are `factor` times those of `amplitude`."""
+    if layout.amp_unstored:
+        return (factor * amplitude.sinh()).asinh()  # 2 sinh(a)
+    return amplitude.sign() * (factor * (2 * amplitude.abs()).expm1()).log1p() / 2  # exp(2 a) - 1
+
+
 def random_words(layout: Layout, m: int, n: int, seed: int = 0, generator: torch.Generator | None = None) -> Tensor:
     """int32 words [m, K, M] on the CPU: idx uniform (drawn from `seed` where the layout says so), scales of second moment 1."""
     shape = layout.codes_shape(m, n)

@@ -1,4 +1,4 @@
-"""Initial gains that keep the variance of activations or of gradients through depth.
+"""The size of initial weights: gains that keep the variance of activations or of gradients through depth, and a smaller start.
 
 nn.Linear, and with it a fresh RBELinear, draws weights of variance 1/(3 n): each linear layer makes activations three times smaller in
 variance, which LayerNorm repairs and a plain deep network does not. Here the gain of every row is set so that the row's squared norm is
@@ -9,6 +9,8 @@ exactly
 
 (at most 4 times the median gain), with f = nn.init.calculate_gain(nonlinearity): 1 for linear, sqrt 2 for relu, 5/3 for tanh. Exactly,
 because a row of few codes would differ much from its mean.
+
+A smaller start (scale_weights) makes amplitudes smaller and leaves gains alone, so that an optimiser's step is a larger part of a weight.
 
 Layouts whose codes have no sign (rbe8) do not keep it through relu: their rows share the mean of the basis, and inputs that are all
 positive add it up.
@@ -21,6 +23,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .codes import scaled_amplitude
 from .encode import fp16_gain
 from .linear import RBELinear
 
@@ -28,6 +31,7 @@ _ROWS = 64  # decoded at a time
 # Times the median: a row of one or two codes can be drawn with almost nothing in it, and a gain that makes up for it explodes when they
 # grow.
 LARGEST_GAIN = 4.0
+SMALLEST_SCALE = 0.01  # below it eight bits of amplitude round to 0
 
 
 def row_squares(layer: RBELinear) -> Tensor:
@@ -67,3 +71,15 @@ def keep_variance(layer: RBELinear, nonlinearity: str = "linear", mode: str = "f
         layer.log_gain.copy_(gain.log())
     else:
         layer._parameters["gain"].copy_(gain)
+
+
+@torch.no_grad()
+def scale_weights(layer: RBELinear, factor: float) -> None:
+    """Makes the weights of a layer in training form `factor` times as large, in the mean of its squares exactly: by its amplitudes as far as their rounding
+    allows, the rest, and all of it in a layout without amplitudes, by its gains."""
+    before = row_squares(layer) @ layer.gain.square()
+    if layer.amplitude is not None:
+        layer.amplitude.copy_(scaled_amplitude(layer.amplitude, factor, layer.layout))
+    after = row_squares(layer) @ layer.gain.square()
+    if after > 0:
+        layer.log_gain.add_((factor * (before / after).sqrt()).log())

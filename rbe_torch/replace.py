@@ -156,19 +156,22 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0, include: Patterns = None, exclude: Patterns = None,
-            basis: str = "trained", nonlinearity: str | None = None) -> Report:
+            basis: str = "trained", nonlinearity: str | None = None, init_scale: float = 1.0) -> Report:
     """Replaces the linear layers of `model` in place by RBELinears with random codes, ready to be trained from scratch (method "direct").
 
     Every layer gets an amplitude parameter where the layout has one; all of them share one basis (one a device). The variance of the
     weights is that of nn.Linear's initialisation, or, with `nonlinearity` ("linear", "relu", "tanh": what follows the layers), the one that keeps the variance
     of activations through depth (rbe_torch/initial.py). Biases are kept. include, exclude: see find_linears. Returns the report.
 
+    init_scale: weights start at so many times that size (standard deviation), 0.01 to 1, amplitudes being made smaller and gains kept. Where layers add to
+    a residual stream, as in transformers, 0.4 with nonlinearity="linear" trains better than 1 (docs/training.md, "A small start").
+
     basis: "trained", "frozen" (a random table that stays what it is, and is stored) or "seeded" (one of signs that a seed gives: it stays what it is and
     only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training.md.
     """
     from .arguments import seed_value
     from .drawing import random_basis
-    from .initial import calculated_gain, keep_variance
+    from .initial import SMALLEST_SCALE, calculated_gain, keep_variance, scale_weights
     from .linear import RBELinear
     from .seeded import seeded_basis
     from .state import guard_loading
@@ -181,6 +184,10 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         raise ValueError(f"layout: {str(layout)!r} has a residual, which is fitted to a trained weight; use compress, or drop the suffix")
     if nonlinearity is not None:
         calculated_gain(nonlinearity)  # refuses one that is none before anything is replaced
+    if isinstance(init_scale, bool) or not isinstance(init_scale, int | float):
+        raise TypeError(f"init_scale: is a {type(init_scale).__name__}, must be a number")
+    if not SMALLEST_SCALE <= init_scale <= 1:
+        raise ValueError(f"init_scale: is {init_scale}, must be {SMALLEST_SCALE} to 1")
     generator = torch.Generator().manual_seed(seed_value(seed))
     found = find_linears(model, include, exclude)
     basis_seed = int(torch.randint(0, 2**32, (), generator=generator)) if basis == "seeded" else None
@@ -201,6 +208,8 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
         if nonlinearity is not None and not old.is_meta:
             keep_variance(new, nonlinearity)
         start_training(new, "trained" if basis == "trained" else "frozen")
+        if init_scale != 1 and not old.is_meta:
+            scale_weights(new, init_scale)
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)
     report.other_bytes = stored_bytes(model)

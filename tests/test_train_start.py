@@ -50,6 +50,36 @@ def test_a_row_drawn_with_almost_nothing_in_it_gets_no_huge_gain() -> None:
     assert float(lin.gain.max()) <= 4.01 * float(lin.gain.median())
 
 
+@pytest.mark.parametrize("layout", ["rbe22_g64", "rbe32_g16", "rbe9r_g16", "rbe4r_g9", "rbe2r_g4", "rbe8x2_g8", "rbe16s_g8"])
+@pytest.mark.parametrize("init_scale", [0.4, 0.05])
+def test_a_small_start_makes_weights_as_small_as_it_says_by_the_amplitudes(layout: str, init_scale: float) -> None:
+    whole, small = (nn.Sequential(nn.Linear(250, 96, bias=False)) for _ in range(2))
+    rbe_torch.convert(whole, layout, seed=3, basis="seeded", nonlinearity="linear")
+    rbe_torch.convert(small, layout, seed=3, basis="seeded", nonlinearity="linear", init_scale=init_scale)
+    assert float((small[0].weight.norm() / whole[0].weight.norm()).detach()) == pytest.approx(init_scale, rel=1e-3)
+    gains = float((small[0].gain / whole[0].gain).detach().median())
+    if small[0].amplitude is None:
+        assert gains == pytest.approx(init_scale, rel=1e-3)
+        return
+    assert float((small[0].amplitude - whole[0].amplitude).detach().abs().max()) > 0.05
+    if layout not in ("rbe2r_g4", "rbe4r_g9") or init_scale > 0.1 and layout == "rbe4r_g9":  # else their smallest amplitude is too large, and gains do the rest
+        assert gains == pytest.approx(1, abs=0.05)
+    before = small[0].weight.detach().clone()
+    rbe_torch.finish_training(small)
+    assert float((small[0].weight.detach() - before).norm() / before.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("value, error, text", [
+    (0.0, ValueError, "init_scale: is 0.0, must be 0.01 to 1"), (-0.4, ValueError, "init_scale: is -0.4"), (1.5, ValueError, "init_scale: is 1.5"),
+    (float("nan"), ValueError, "init_scale: is nan"), ("0.4", TypeError, "init_scale: is a str"), (True, TypeError, "init_scale: is a bool"),
+])  # fmt: skip
+def test_a_start_that_is_none_is_named_and_nothing_is_replaced(value: object, error: type[Exception], text: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(error, match=text):
+        rbe_torch.convert(model, init_scale=value)
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("call, text", [
     (lambda m: rbe_torch.convert(m, nonlinearity="gelu2"), "nonlinearity: is 'gelu2'"),
     (lambda m: rbe_torch.keep_variance(RBELinear(8, 8), mode="fan"), "mode: is 'fan'"),

