@@ -129,7 +129,7 @@ def test_every_contestant_starts_alike(gpt) -> None:
         if contestant.d == 256:
             layer = gpt.build(contestant, 65, 0)[0].blocks[0].qkv
             variance = float(layer(x).detach().var())
-            assert 0.5 < variance / contestant.start**2 < 1.25, (contestant.name, variance)  # exp(r) - 1 falls by more than its amplitude
+            assert 0.75 < variance / contestant.start**2 < 1.25, (contestant.name, variance)
 
 
 def test_a_layer_trains_as_the_dense_simulation_of_it(gpt) -> None:

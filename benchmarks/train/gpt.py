@@ -95,8 +95,8 @@ def contestant(name: str, kind: str, rates: tuple[float, ...], rest: tuple[float
 
 
 CONTESTANTS = [
-    contestant("RBE rbe4r_g9, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g9", basis="seeded"),
-    contestant("block sparse int4", "sparse", (1.2e-2, 6e-3, 2.4e-2), bits=4, kept=0.115),
+    contestant("RBE rbe4r_g9, seeded basis", "rbe", (1.7e-3, 1.2e-3, 2.4e-3, 8.5e-4), (1e-2, 1e-2, 1e-2, 1e-2), layout="rbe4r_g9", basis="seeded"),
+    contestant("block sparse int4", "sparse", (1.7e-2, 1.2e-2, 2.4e-2, 8.5e-3), (1.2e-2, 1.2e-2, 1.2e-2, 1.2e-2), bits=4, kept=0.115),
     contestant("block sparse int8", "sparse", (1.2e-2, 6e-3, 2.4e-2), (1.2e-2, 1.2e-2, 1.2e-2), bits=8, kept=0.0575),
     contestant("smaller dense int4", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=88, hidden=384, start=1.0, bits=4),
     contestant("smaller dense int8", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=64, start=1.0, bits=8),
@@ -106,7 +106,7 @@ CONTESTANTS = [
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g3", basis="seeded"),
-    *(contestant(f"simulated {bits} bits, g = {group}", "simulated", (1.2e-3,), (1e-2,), bits=bits, group=group) for bits, group in ((3, 7), (4, 9), (5, 11), (6, 14))),
+    *(contestant(f"simulated {bits} bits, g = {group}", "simulated", (1.7e-3,), (1e-2,), bits=bits, group=group) for bits, group in ((3, 7), (4, 9), (5, 11), (6, 14))),
     contestant("whole dense int8", "dense", (2e-3, 2e-3, 4e-3), (2e-3, 1e-2, 4e-3), start=1.0, bits=8),
 ]
 MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit, "simulated": Simulated}
