@@ -59,8 +59,9 @@ class Timing:
 def race(contestants: dict[str, Sequence[Callable[[], object]]], seconds: float, flush: bool = False) -> dict[str, Timing]:
     """Times each contestant, turn by turn, until `seconds` are used up (at least five turns).
 
-    A contestant is a list of calls that do the same work on different memory: with many, each finds its data cold. flush: reads more memory than the
-    caches hold before every call, outside the clock, for contestants that cannot be copied.
+    A contestant is a list of calls that do the same work on different memory: with many, each finds its data cold. Contestants are that far apart in
+    their lists that none finds what another one, which shares its memory, has just read. flush: reads more memory than the caches hold before every
+    call, outside the clock, for contestants that cannot be copied.
     """
     now = clock()
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -69,8 +70,8 @@ def race(contestants: dict[str, Sequence[Callable[[], object]]], seconds: float,
         calls[0]()
     stop, turn = time.perf_counter() + seconds, 0
     while turn < 5 or time.perf_counter() < stop:
-        for name, calls in contestants.items():
-            call = calls[turn % len(calls)]
+        for place, (name, calls) in enumerate(contestants.items()):
+            call = calls[(turn + place * len(calls) // len(contestants)) % len(calls)]
             other.sum()
             start = now()
             call()
