@@ -28,7 +28,8 @@ static const rbe_kernels avx512 = TABLE(avx512, 16);
 static const rbe_kernels avx512vbmi = {
     .isa = "avx512", .name = "avx512vbmi", .lut8_quantise = rbe_lut8_quantise__avx512vbmi, .lut8_rows = rbe_lut8_rows__avx512vbmi,
     .lut8_interleaved = rbe_lut8_interleaved__avx512vbmi, .turn_bytes = rbe_turn_bytes__avx512vbmi,
-    .few_tables = rbe_few_tables__avx512, .few_rows = rbe_few_rows__avx512, .few_interleaved = rbe_few_interleaved__avx512};
+    .few_tables = rbe_few_tables__avx512, .few_rows = rbe_few_rows__avx512, .few_interleaved = rbe_few_interleaved__avx512,
+    .lookup_rows = rbe_lookup_rows__avx512};
 #ifdef RBE_HAVE_AVX512FP16
 static const rbe_kernels avx512fp16 = {
     .isa = "avx512", .name = "avx512fp16", .largest = rbe_largest__avx512fp16, .half_rows = rbe_half_rows__avx512fp16,

@@ -48,5 +48,6 @@ rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias
     const rbe_path path = plan(&job, w->interleaved ? RBE_FORM_INTERLEAVED : w->packed ? RBE_FORM_PACKED : RBE_FORM_WORDS);
     if (path == RBE_PATH_LUT8) return rbe_linear_lut8(&job, err);
     if (path == RBE_PATH_FEW) return rbe_linear_few(&job, err);
+    if (path == RBE_PATH_LOOKUP) return rbe_linear_lookup(&job, err);
     return path == RBE_PATH_DIGITS ? rbe_linear_digits(&job, err) : run_floats(&job, path, err);
 }

@@ -23,6 +23,8 @@ static const double BYTE_TABLE = 2.5, BYTE_TABLE_EXACT = 3.0;  // one entry of s
 static const double TURN_CODE = 17.0, TURN_TILE = 6.0;       // a byte between packed and interleaved; tile by tile, asked for ahead
 static const double FEW_CODE[] = {21.0, 32.0};               // one code, 4 or 8 tokens at once
 static const double FEW_LANE = 2.0;                          // one token of an entry of their tables
+static const double LOOKUP_WEIGHT[] = {6.0, 13.0, 21.0};     // one weight, 4, 8 or 16 tokens at once
+static const double LOOKUP_STAGE = 2.0;                      // and one stage of it
 static const double DIGIT_CODE[] = {0.0, 15.0, 30.0, 52.0};  // one, two, three digits of eight weights of one code, looked up
 static const double DIGIT_TILE[] = {0.0, 1.8, 3.3, 6.7};     // one weight and 16 tokens on the matrix unit
 static const double DIGIT_BASIS = 40.0, DIGIT_X = 12.0;      // a digit of an entry of the basis; an entry of x
@@ -80,6 +82,12 @@ static double few_cost(double codes, double table, int64_t tokens) {
     return cost;
 }
 
+static bool has_lookup(const rbe_kernels *kernels, const rbe_layout *l) { return kernels->lookup_rows && l->group == 8 && l->stages <= 4; }
+
+static double lookup_cost(const rbe_layout *l, double weights, int64_t tokens) {
+    return weights * (LOOKUP_WEIGHT[tokens <= 4 ? 0 : tokens <= 8 ? 1 : 2] + LOOKUP_STAGE * l->stages);
+}
+
 // The paths of codes of one byte, with signs or without, if one of them costs less than `most`.
 static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, int64_t rows, int64_t cols, double table, int64_t tokens, bool fast, rbe_form form,
                            double most, rbe_path otherwise) {
@@ -88,12 +96,14 @@ static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, int6
     const double t = (double)tokens;
     const bool turned = form != RBE_FORM_INTERLEAVED;
     rbe_path path = otherwise;
-    double cost[3] = {codes * (turned ? TURN_CODE : 0.0) + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
-                      few_cost(codes, table, tokens), codes * (turned ? TURN_TILE * (signs ? 2.0 : 1.0) : 0.0) + digits_cost(l, weights, cols, tokens, fast)};
-    const rbe_path paths[3] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS};
-    const bool can[3] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
-                         kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8, has_digits(kernels, l, fast)};
-    for (int i = 0; i < 3; ++i) {
+    const double tiles = codes * (turned ? TURN_TILE * (signs ? 2.0 : 1.0) : 0.0);
+    double cost[4] = {codes * (turned ? TURN_CODE : 0.0) + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
+                      few_cost(codes, table, tokens), tiles + lookup_cost(l, weights, tokens), tiles + digits_cost(l, weights, cols, tokens, fast)};
+    const rbe_path paths[4] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_DIGITS};
+    const bool can[4] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
+                         kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
+                         has_lookup(kernels, l) && !signs && tokens <= TOKENS_LUT8, has_digits(kernels, l, fast)};
+    for (int i = 0; i < 4; ++i) {
         if (!can[i] || cost[i] >= most) continue;
         most = cost[i];
         path = paths[i];
@@ -111,6 +121,7 @@ static bool has_path(const rbe_kernels *kernels, const rbe_layout *l, rbe_path p
         case RBE_PATH_TABLE_HALF: return fast && has_table(l) && kernels->half_rows;
         case RBE_PATH_LUT8: return bytes && kernels->lut8_rows;
         case RBE_PATH_FEW: return bytes && kernels->few_rows;
+        case RBE_PATH_LOOKUP: return bytes && has_lookup(kernels, l);
         case RBE_PATH_DIGITS: return form != RBE_FORM_WORDS && has_digits(kernels, l, fast);
         default: return true;
     }
@@ -166,6 +177,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
         [RBE_PATH_TABLE_TOKEN] = "table: x times the basis, gathered by code, token by token",
         [RBE_PATH_LUT8] = "table of bytes: 8-bit lookups",
         [RBE_PATH_FEW] = "table of few tokens, additions from memory",
+        [RBE_PATH_LOOKUP] = "looked up in the basis, multiplied on the way",
         [RBE_PATH_DIGITS] = "decode to bytes, matrix unit",
         [RBE_PATH_DECODE_DOT] = "decode a row, dot products",
         [RBE_PATH_DECODE] = "decode a tile, dense micro-kernel",

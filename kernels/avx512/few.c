@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "../kernels.h"
+#include "places.h"
 
 enum { TOGETHER = 4, AHEAD = 6 };  // groups that share a vector of the basis; tiles on that codes are asked for
 
@@ -52,44 +52,6 @@ void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t d
         make_all(8, groups, stages, g, depth, x, turned, p);
 }
 
-// Where the entries of 64 rows and 8 codes lie in their tables, in bytes.
-typedef struct places {
-    uint16_t of[RBE_LANES][8];
-} __attribute__((aligned(64))) places;
-
-// `lines`: eight rows of eight codes.
-static inline void put_places(int width, __m512i lines, int at, places *out) {
-    const unsigned shift = width == 4 ? 4 : 5;  // an entry has 16 or 32 bytes
-    _mm512_store_si512(out->of[at], _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(lines)), shift));
-    _mm512_store_si512(out->of[at + 4], _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(lines, 1)), shift));
-}
-
-// Eight columns of 64 bytes; row 16 L + 2 r + b goes to 8 r + 2 L + b.
-static inline void turn_columns(int width, const uint8_t *column, int64_t count, places *out) {
-    __m512i a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) a[i] = i < count ? _mm512_loadu_si512(column + i * RBE_LANES) : _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_unpacklo_epi8(a[2 * i], a[2 * i + 1]);
-        b[4 + i] = _mm512_unpackhi_epi8(a[2 * i], a[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[2 * i] = _mm512_unpacklo_epi16(b[2 * i], b[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi16(b[2 * i], b[2 * i + 1]);
-    }
-    // of every 16 rows a has rows 0-3 of codes 0-3, rows 4-7 of those, rows 0-3 of codes 4-7, rows 4-7 of those, then the same of rows 8 on
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-            put_places(width, _mm512_unpacklo_epi32(a[4 * h + i], a[4 * h + 2 + i]), (4 * h + 2 * i) * 8, out);
-            put_places(width, _mm512_unpackhi_epi32(a[4 * h + i], a[4 * h + 2 + i]), (4 * h + 2 * i + 1) * 8, out);
-        }
-    }
-}
-
 static inline __attribute__((always_inline)) void add_row(const int width, const int64_t count, const uint16_t *place, const float *p, float *y) {
     __m256 sum = width == 4 ? _mm256_castps128_ps256(_mm_loadu_ps(y)) : _mm256_loadu_ps(y);
 #pragma GCC unroll 8
@@ -111,7 +73,7 @@ static inline __attribute__((always_inline)) void add_tile(const int width, cons
                                                            float *y) {
     for (int r = 0; r < 8; ++r) {
 #pragma GCC unroll 8
-        for (int l = 0; l < 8; ++l) add_row(width, count, at->of[8 * r + l], p, y + (turned ? l / 2 * 16 + 2 * r + l % 2 : 8 * r + l) * width);
+        for (int l = 0; l < 8; ++l) add_row(width, count, at->of[8 * r + l], p, y + (turned ? row_of_place(8 * r + l) : 8 * r + l) * width);
     }
 }
 
@@ -129,19 +91,21 @@ static inline __attribute__((always_inline)) void add_any(int64_t width, int64_t
 }
 
 void rbe_few_interleaved__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t tile, int64_t width, const float *p, float *y) {
+    const unsigned shift = width == 4 ? 4 : 5;  // an entry has 16 or 32 bytes
     places at;
     for (int64_t i = 0; i < rows; i += RBE_LANES, idx += tile) {
         for (int64_t q = 0; q < count; ++q)  // an integer, for it may lie outside the codes
             _mm_prefetch((const char *)((uintptr_t)idx + (uintptr_t)(AHEAD * tile + q * RBE_LANES)), _MM_HINT_T1);
         for (int64_t q = 0; q < count; q += 8) {
             const int64_t some = count - q < 8 ? count - q : 8;
-            turn_columns((int)width, idx + q * RBE_LANES, some, &at);
+            turn_columns(shift, idx + q * RBE_LANES, some, &at);
             add_any(width, some, true, &at, p + q * RBE_BASIS_VECTORS * width, y + i * width);
         }
     }
 }
 
 void rbe_few_rows__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y) {
+    const unsigned shift = width == 4 ? 4 : 5;  // an entry has 16 or 32 bytes
     places at;
     for (int64_t i = 0; i < rows; i += RBE_LANES) {
         for (int64_t q = 0; q < count; q += 8) {
@@ -154,7 +118,7 @@ void rbe_few_rows__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64
                 else
                     memcpy(&line[r], from, (size_t)some);
             }
-            for (int r = 0; r < RBE_LANES; r += 8) put_places((int)width, _mm512_loadu_si512(line + r), r, &at);
+            for (int r = 0; r < RBE_LANES; r += 8) put_places(shift, _mm512_loadu_si512(line + r), r, &at);
             add_any(width, some, false, &at, p + q * RBE_BASIS_VECTORS * width, y + i * width);
         }
     }

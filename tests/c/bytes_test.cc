@@ -1,4 +1,6 @@
 // Codes of one byte, interleaved and back, and the paths of rbe_linear for them (tables of bytes, tables in L1, digits) against the float64 reference.
+#include <cstring>
+
 #include "product_case.h"
 
 namespace {
@@ -52,10 +54,11 @@ TEST(Interleave, OtherFieldsAreRefused) {
 TEST(Bytes, FormsOfTheCodesGiveTheSameBits) {
     for (const std::string &isa : host_isas()) {
         for (rbe_path path : {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_LUT8, RBE_PATH_FEW,
-                              RBE_PATH_DIGITS}) {
-            for (const char *layout : {"rbe8x2_g8", "rbe8_g5", "rbe8x3_g4"}) {
+                              RBE_PATH_LOOKUP, RBE_PATH_DIGITS}) {
+            for (const char *layout : {"rbe8x2_g8", "rbe8x3_g8", "rbe8_g5", "rbe8x3_g4"}) {
                 // without the path the plan decides, which weighs what turning the codes costs
-                if (path == RBE_PATH_FEW && !has_few(isa)) continue;
+                if ((path == RBE_PATH_FEW || path == RBE_PATH_LOOKUP) && !has_few(isa)) continue;
+                if (path == RBE_PATH_LOOKUP && !std::strstr(layout, "_g8")) continue;
                 if ((path == RBE_PATH_LUT8 && !has_lookups(isa)) || (path == RBE_PATH_DIGITS && !has_digits(isa))) continue;
                 const Using use(isa, path);
                 std::mt19937 one(3), other(3);
@@ -96,7 +99,7 @@ TEST(Bytes, DecodeAndBackwardTakeInterleavedCodes) {
 TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
     std::mt19937 random(5);
     for (const std::string &isa : host_isas()) {
-        for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g4", "rbe8x4_g16", "rbe8x2_g20", "rbe8x2_g5", "rbe16s_g8", "rbe16sx2_g8"}) {
+        for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g8", "rbe8x4_g8", "rbe8x3_g4", "rbe8x4_g16", "rbe8x2_g20", "rbe8x2_g5", "rbe16s_g8", "rbe16sx2_g8"}) {
             const bool flipped = std::string(layout).find("16s") != std::string::npos;
             const int stages = flipped ? layout[6] == 'x' ? 2 : 1 : layout[4] == 'x' ? layout[5] - '0' : 1;
             for (int64_t m : {1, 63, 64, 65, 200}) {
@@ -111,6 +114,11 @@ TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
                             const Using use(isa, RBE_PATH_FEW);
                             f.run(RBE_ACCURACY_EXACT);
                             expect_rows_near(f, kFloat32Error, what + " few");
+                        }
+                        if (has_few(isa) && !flipped && what.find("_g8 ") != std::string::npos) {
+                            const Using use(isa, RBE_PATH_LOOKUP);
+                            f.run(RBE_ACCURACY_EXACT);
+                            expect_rows_near(f, kFloat32Error, what + " lookup");
                         }
                         if (has_lookups(isa) && !flipped && tokens <= 3) {
                             const Using use(isa, RBE_PATH_LUT8);
@@ -147,7 +155,7 @@ TEST(Bytes, TypesAndStrides) {
                     Forward f(layout, 77, 90, tokens, random, Weight::kPacked, dtype, shape, shape == Matrix::kSpaced ? Matrix::kPadded : shape);
                     f.reference();
                     for (const std::string &isa : host_isas()) {
-                        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS}) {
+                        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_DIGITS}) {
                             const Using use(isa, path);
                             const std::vector<char> before = f.y.surroundings();
                             // the rounding of y is to a step of y, at most some times the root mean square of a row
@@ -230,7 +238,7 @@ TEST(Bytes, DigitsOfManyColumnsDoNotOverflow) {
 TEST(Bytes, ZeroTinyAndHugeInputs) {
     std::mt19937 random(8);
     for (const std::string &isa : host_isas()) {
-        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_DIGITS}) {
+        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_DIGITS}) {
             for (double value : {0.0, 1e-42, 1e-30, 1e30}) {
                 Forward f("rbe8x2_g8", 70, 64, 1, random, Weight::kPacked);
                 for (int64_t j = 0; j < 64; ++j) f.x.set(0, j, value);

@@ -4,9 +4,9 @@
 namespace {
 
 // Of floats alone: their results are those of float32 sums.
-const rbe_path kExactPaths[] = {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_FEW};
+const rbe_path kExactPaths[] = {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_FEW, RBE_PATH_LOOKUP};
 const rbe_path kPaths[] = {RBE_PATH_PLANNED,    RBE_PATH_TABLE,  RBE_PATH_TABLE_TOKEN, RBE_PATH_LUT8,
-                           RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_DIGITS, RBE_PATH_FEW, RBE_PATH_TABLE_HALF};
+                           RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_DIGITS, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_TABLE_HALF};
 
 TEST(Linear, EveryIsaPathAndLayoutAgreesWithTheReference) {
     std::mt19937 random(1);
@@ -42,9 +42,11 @@ TEST(Linear, SizesAroundEveryTileEdge) {
                 f.check(isa + " rows " + std::to_string(m));
             }
             for (int64_t n : {1, 2, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025}) {
-                Forward f("rbe22_g8", 5, n, 3, random, Weight::kPacked);
-                f.reference();
-                f.check(isa + " columns " + std::to_string(n));
+                for (const char *layout : {"rbe22_g8", "rbe8x3_g8"}) {
+                    Forward f(layout, 5, n, 3, random, Weight::kPacked);
+                    f.reference();
+                    f.check(isa + " columns " + std::to_string(n) + " " + layout);
+                }
             }
         }
     }
