@@ -138,6 +138,8 @@ typedef struct rbe_kernels {
     // split into pieces first (rbe_split_size values of 16 bits; 3 pieces hold a float32), then gemm_split computes what gemm does from them.
     void (*split_rows)(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out);
     void (*split_cols)(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out);
+    // Of 32 rows both: split_rows, and a step of split_cols of all columns, whose blocks of 16 are `apart`.
+    void (*split_both)(int64_t cols, const float *a, int64_t a_row, int pieces, uint16_t *rows, uint16_t *columns, int64_t apart);
     // Products of pieces below the result's precision are left out: of 3 x 3 the three smallest, of 2 x 2 the product of the two second pieces.
     // Pieces that would be subnormal are zero: of |a| or |b| below 1e-32 only the leading 16 bits count, below 1e-38 none.
     // A thread calls split_begin before its gemm_split calls and split_end after them.
@@ -265,6 +267,7 @@ RBE_DECLARE_KERNELS(neon)
 
 void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out);
 void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int64_t b_row, int pieces, uint16_t *out);
+void rbe_split_both__avx512amx(int64_t cols, const float *a, int64_t a_row, int pieces, uint16_t *rows, uint16_t *columns, int64_t apart);
 void rbe_split_begin__avx512amx(void);
 void rbe_split_end__avx512amx(void);
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,

@@ -13,7 +13,7 @@
 
 enum {
     PARTS = 16,
-    STRIP = 32,   // rows or columns of dP that are split together
+    STRIP = 32,   // codes of dP that are split together
     DY_BYTES = 1280 << 10  // of a tile of dy, read at random: what L2 holds beside the rest
 };
 
@@ -34,7 +34,7 @@ typedef struct pass {
 // Buffers of a thread for one group.
 typedef struct buffers {
     float *p;                              // [256][width]: P, then dP in its place
-    uint16_t *x, *rows, *dp_rows, *dp_cols;  // split; of dP a piece at a time
+    uint16_t *x, *rows, *dp_rows, *dp_cols;  // split; of the rows of dP a strip at a time
 } buffers;
 
 // Both tiles, cut into the same number of stretches.
@@ -76,23 +76,21 @@ static void spread(const pass *s, const buffers *b, int64_t stage, int64_t colum
         kernels->gemm(RBE_BASIS_VECTORS, s->tokens, depth, b->p, s->width, 1, s->rows + column, s->rows_stride, dbasis, g, true);
 }
 
-// A strip of dP at a time is split and used while it is in L1: the tile of dy needs L2 for itself.
+// A strip of dP at a time is split, for dx and for dbasis at once, which uses it while it is in L1.
 static void spread_split(const pass *s, const buffers *b, int64_t stage, int64_t column, int64_t depth, float *dbasis) {
     const rbe_kernels *kernels = s->backward->job.kernels;
     const int64_t g = s->backward->job.w->layout.group;
     const uint16_t *turned = s->turned + stage * rbe_split_size(g, RBE_BASIS_VECTORS);
     const bool fast = s->backward->job.fast;
     const int x = rbe_pieces(s->backward->job.x->dtype, fast), whole = rbe_float_pieces(fast);
-    for (int64_t t = 0; s->dx && t < s->width; t += STRIP) {
-        kernels->split_cols(RBE_BASIS_VECTORS, STRIP, b->p + t, s->width, whole, b->dp_cols);
-        kernels->gemm_split(depth, RBE_BASIS_VECTORS, STRIP, turned, whole, b->dp_cols, whole, s->dx + column * s->width + t, s->width, stage > 0);
-    }
-    if (!dbasis) return;
-    if (stage == 0) kernels->split_cols(s->tokens, depth, s->rows + column, s->rows_stride, x, b->rows);
+    if (dbasis && stage == 0) kernels->split_cols(s->tokens, depth, s->rows + column, s->rows_stride, x, b->rows);
     for (int64_t j = 0; j < RBE_BASIS_VECTORS; j += STRIP) {
-        kernels->split_rows(STRIP, s->tokens, b->p + j * s->width, s->width, whole, b->dp_rows);
-        kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, whole, b->rows, x, dbasis + j * g, g, true);
+        kernels->split_both(s->tokens, b->p + j * s->width, s->width, whole, b->dp_rows, b->dp_cols + j / STRIP * rbe_split_size(1, STRIP),
+                            rbe_split_size(1, RBE_BASIS_VECTORS));
+        if (dbasis) kernels->gemm_split(STRIP, s->tokens, depth, b->dp_rows, whole, b->rows, x, dbasis + j * g, g, true);
     }
+    if (s->dx)
+        kernels->gemm_split(depth, RBE_BASIS_VECTORS, s->tokens, turned, whole, b->dp_cols, whole, s->dx + column * s->width, s->width, stage > 0);
 }
 
 static void backward_group(const pass *s, int64_t k, const buffers *b, float *dbasis) {
@@ -116,7 +114,7 @@ static bool take_buffers(const pass *s, buffers *b) {
     b->x = rbe_scratch_take(rbe_split_size(s->width, g), sizeof(uint16_t));
     b->rows = rbe_scratch_take(rbe_split_size(g, s->width), sizeof(uint16_t));
     b->dp_rows = rbe_scratch_take(rbe_split_size(STRIP, s->width), sizeof(uint16_t));
-    b->dp_cols = rbe_scratch_take(rbe_split_size(STRIP, RBE_BASIS_VECTORS), sizeof(uint16_t));
+    b->dp_cols = rbe_scratch_take(rbe_split_size(s->width, RBE_BASIS_VECTORS), sizeof(uint16_t));
     return b->x && b->rows && b->dp_rows && b->dp_cols;
 }
 

@@ -36,7 +36,7 @@ static const rbe_kernels avx512fp16 = {
     .half_widen = rbe_half_widen__avx512fp16, .half_turn = rbe_half_turn__avx512fp16, .half_backward = rbe_half_backward__avx512fp16};
 #endif
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
-                                      .split_cols = rbe_split_cols__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
+                                      .split_cols = rbe_split_cols__avx512amx, .split_both = rbe_split_both__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
                                       .split_begin = rbe_split_begin__avx512amx, .split_end = rbe_split_end__avx512amx,
                                       .digits_of_basis = rbe_digits_of_basis__avx512amx,
                                       .digits_of_tokens = rbe_digits_of_tokens__avx512amx, .digits_of_codes = rbe_digits_of_codes__avx512amx,

@@ -17,17 +17,27 @@ enum { TILE = 512, PIECES = 3, BLOCK = PIECES * TILE };  // bfloat16 values
 
 static inline __mmask16 first(int64_t n) { return n >= 16 ? (__mmask16)0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1u); }
 
+// The leading 16 bits of 16 pairs.
+static inline void put_pairs(__m512 low, __m512 high, uint16_t *out) {
+    const __m512i l = _mm512_srli_epi32(_mm512_castps_si512(low), 16), h = _mm512_castps_si512(high);
+    _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xAAAAAAAAu, l, h));
+}
+
+static inline __m512 cut_off(__m512 x) {
+    return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xFFFF0000u))));
+}
+
+// So that the leading 16 bits are the nearest ones.
+static inline __m512 rounded(__m512 x) { return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000))); }
+
 // The pieces of 16 pairs, TILE apart; the last one is rounded. NaN and infinity stay non-finite: what is cut off of them is NaN.
 static inline void split(__m512 low, __m512 high, int pieces, uint16_t *out) {
-    const __m512i kept = _mm512_set1_epi32((int)0xFFFF0000u);
     for (int piece = 0; piece + 1 < pieces; ++piece, out += TILE) {
-        const __m512i l = _mm512_castps_si512(low), h = _mm512_castps_si512(high);
-        _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(l, 16), h));
-        low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(l, kept)));
-        high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(h, kept)));
+        put_pairs(low, high, out);
+        low = cut_off(low);
+        high = cut_off(high);
     }
-    const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)), h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-    _mm512_storeu_si512(out, _mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+    put_pairs(rounded(low), rounded(high), out);
 }
 
 void rbe_split_rows__avx512amx(int64_t rows, int64_t depth, const float *a, int64_t a_row, int pieces, uint16_t *out) {
@@ -57,6 +67,37 @@ void rbe_split_cols__avx512amx(int64_t depth, int64_t cols, const float *b, int6
                 if (e < depth) low = _mm512_maskz_loadu_ps(mask, b + e * b_row + c0);
                 if (e + 16 < depth) high = _mm512_maskz_loadu_ps(mask, b + (e + 16) * b_row + c0);
                 split(low, high, pieces, out + pair * 32);
+            }
+        }
+    }
+}
+
+// Both at once of 32 rows: split_rows of them, and as a step of depth split_cols of all columns, whose blocks of 16 are `apart`.
+void rbe_split_both__avx512amx(int64_t cols, const float *a, int64_t a_row, int pieces, uint16_t *rows, uint16_t *columns, int64_t apart) {
+    const int64_t blocks = (cols + 31) / 32;
+    for (int64_t d = 0; d < blocks; ++d) {
+        uint16_t *left = columns + 2 * d * apart, *right = left + apart;
+        const __mmask16 some = first(cols - 32 * d), more = first(cols - 32 * d - 16);
+        for (int64_t r = 0; r < 16; ++r) {
+            const float *upper = a + r * a_row + 32 * d, *lower = upper + 16 * a_row;
+            uint16_t *out = rows + d * BLOCK + r * 32;
+            __m512 v00 = _mm512_maskz_loadu_ps(some, upper), v01 = _mm512_maskz_loadu_ps(more, upper + 16);
+            __m512 v10 = _mm512_maskz_loadu_ps(some, lower), v11 = _mm512_maskz_loadu_ps(more, lower + 16);
+            for (int piece = 0; piece < pieces; ++piece) {
+                if (piece + 1 == pieces) {
+                    v00 = rounded(v00);
+                    v01 = rounded(v01);
+                    v10 = rounded(v10);
+                    v11 = rounded(v11);
+                }
+                put_pairs(v00, v01, out + piece * TILE);
+                put_pairs(v10, v11, out + blocks * BLOCK + piece * TILE);
+                put_pairs(v00, v10, left + piece * TILE + r * 32);
+                if (cols > 32 * d + 16) put_pairs(v01, v11, right + piece * TILE + r * 32);
+                v00 = cut_off(v00);
+                v01 = cut_off(v01);
+                v10 = cut_off(v10);
+                v11 = cut_off(v11);
             }
         }
     }
@@ -149,23 +190,31 @@ static void put(int64_t rows, int64_t cols, float *c, int64_t c_row, bool accumu
     }
 }
 
+static void block_of(int64_t rows, int64_t blocks, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces, float *c, int64_t c_row,
+                     bool accumulate) {
+    const bool two_rows = rows > 16, two_cols = cols > 16;
+    if (two_rows && two_cols)
+        multiply(true, true, blocks, a, b, a_pieces, b_pieces);
+    else if (two_rows)
+        multiply(true, false, blocks, a, b, a_pieces, b_pieces);
+    else if (two_cols)
+        multiply(false, true, blocks, a, b, a_pieces, b_pieces);
+    else
+        multiply(false, false, blocks, a, b, a_pieces, b_pieces);
+    put(rows < 32 ? rows : 32, cols < 32 ? cols : 32, c, c_row, accumulate);
+}
+
+// The smaller operand passes by in the inner loop, and stays in L1 if it is small enough.
 void rbe_gemm_split__avx512amx(int64_t rows, int64_t depth, int64_t cols, const uint16_t *a, int a_pieces, const uint16_t *b, int b_pieces,
                                float *c, int64_t c_row, bool accumulate) {
-    const int64_t blocks = (depth + 31) / 32;
-    for (int64_t j = 0; j < cols; j += 32) {
-        const uint16_t *right = b + j / 16 * blocks * BLOCK;
-        for (int64_t r = 0; r < rows; r += 32) {
-            const uint16_t *left = a + r / 16 * blocks * BLOCK;
-            const bool two_rows = rows - r > 16, two_cols = cols - j > 16;
-            if (two_rows && two_cols)
-                multiply(true, true, blocks, left, right, a_pieces, b_pieces);
-            else if (two_rows)
-                multiply(true, false, blocks, left, right, a_pieces, b_pieces);
-            else if (two_cols)
-                multiply(false, true, blocks, left, right, a_pieces, b_pieces);
-            else
-                multiply(false, false, blocks, left, right, a_pieces, b_pieces);
-            put(rows - r < 32 ? rows - r : 32, cols - j < 32 ? cols - j : 32, c + r * c_row + j, c_row, accumulate);
-        }
+    const int64_t blocks = (depth + 31) / 32, step = blocks * BLOCK;
+    if (rows > cols) {
+        for (int64_t r = 0; r < rows; r += 32)
+            for (int64_t j = 0; j < cols; j += 32)
+                block_of(rows - r, blocks, cols - j, a + r / 16 * step, a_pieces, b + j / 16 * step, b_pieces, c + r * c_row + j, c_row, accumulate);
+    } else {
+        for (int64_t j = 0; j < cols; j += 32)
+            for (int64_t r = 0; r < rows; r += 32)
+                block_of(rows - r, blocks, cols - j, a + r / 16 * step, a_pieces, b + j / 16 * step, b_pieces, c + r * c_row + j, c_row, accumulate);
     }
 }
