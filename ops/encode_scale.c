@@ -1,17 +1,27 @@
-// Nearest representable scale. All but rbe32: a sorted list of all their values. rbe32 has 16.7 million: its 8192 cells (curve, amp), each a
+// Nearest representable scale. All but rbe32: a sorted list of all their values, found through buckets of 2^-7 of a power of two. rbe32 has 16.7 million: its 8192 cells (curve, amp), each a
 // monotone run of 1024 values, are bounded first and searched only where a nearer value can be.
 #include "encode_scale.h"
 
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { CELLS = RBE_CURVES * 256, LAST_FINE = 1023, COARSE = 2 * CELLS, EXP_COARSE = 2 * 256 };
 
 enum { SEEDED = RBE_FIELD_COUNT - RBE_FIELD_RBE9R };  // layouts ending in r: the values of one curve, or some of them
 
-static rbe_nearest coarse[COARSE], seeded[SEEDED][EXP_COARSE];
-static int coarse_count, seeded_count[SEEDED];
+enum { FINE_BITS = 7, LEAST = (127 - 8) << 23, MOST = (127 + 4) << 23, STEPS = (MOST - LEAST) >> (23 - FINE_BITS), BUCKETS = 2 * STEPS + 2 };
+
+// Sorted values; those of bucket b are at start[b] .. start[b + 1].
+typedef struct value_list {
+    rbe_nearest *at;
+    int count;
+    uint16_t start[BUCKETS + 1];
+} value_list;
+
+static rbe_nearest coarse_values[COARSE], seeded_values[SEEDED][EXP_COARSE];
+static value_list coarse, seeded[SEEDED];
 static float cell_low[CELLS], cell_high[CELLS];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -33,32 +43,45 @@ static int by_value_then_word(const void *left, const void *right) {
     return a->word < b->word ? -1 : a->word > b->word;
 }
 
+// Never falls as x rises: the sign, the exponent and FINE_BITS of the fraction, from 2^-8 to 2^4.
+static int bucket_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int size = (int)(bits & 0x7FFFFFFFu), kept = size < LEAST ? LEAST : size > MOST ? MOST : size, step = (kept - LEAST) >> (23 - FINE_BITS);
+    return bits >> 31 ? STEPS - step : STEPS + 1 + step;
+}
+
 // Sorted, each value once with its lowest word.
-static int sort_unique(rbe_nearest *list, int count) {
-    qsort(list, (size_t)count, sizeof *list, by_value_then_word);
-    int kept = 0;
-    for (int i = 0; i < count; ++i)
-        if (!kept || list[i].scale != list[kept - 1].scale) list[kept++] = list[i];
-    return kept;
+static void sort_unique(value_list *list) {
+    qsort(list->at, (size_t)list->count, sizeof *list->at, by_value_then_word);
+    int kept = 0, bucket = 0;
+    for (int i = 0; i < list->count; ++i)
+        if (!kept || list->at[i].scale != list->at[kept - 1].scale) list->at[kept++] = list->at[i];
+    list->count = kept;
+    for (int i = 0; i < kept; ++i)
+        while (bucket <= bucket_of(list->at[i].scale)) list->start[bucket++] = (uint16_t)i;
+    while (bucket <= BUCKETS) list->start[bucket++] = (uint16_t)kept;
 }
 
 static void build(void) {
+    coarse.at = coarse_values;
+    for (int s = 0; s < SEEDED; ++s) seeded[s].at = seeded_values[s];
     for (int cell = 0; cell < CELLS; ++cell) {
         const float first = cell_value(cell, 0), last = cell_value(cell, LAST_FINE);
         cell_low[cell] = first < last ? first : last;
         cell_high[cell] = first < last ? last : first;
         for (uint32_t sign = 0; sign < 2; ++sign) {
             const rbe_nearest entry = {sign ? -first : first, cell_word(cell) | sign << RBE_SIGN_SHIFT};
-            coarse[2 * cell + (int)sign] = entry;
+            coarse.at[coarse.count++] = entry;
             for (int s = 0; s < SEEDED; ++s) {
                 const rbe_field field = (rbe_field)(RBE_FIELD_RBE9R + s);
                 const uint32_t constant = rbe_field_constant(field), fixed = ~rbe_field_mask(field) | constant;
-                if (((entry.word ^ constant) & fixed) == 0) seeded[s][seeded_count[s]++] = entry;
+                if (((entry.word ^ constant) & fixed) == 0) seeded[s].at[seeded[s].count++] = entry;
             }
         }
     }
-    coarse_count = sort_unique(coarse, COARSE);
-    for (int s = 0; s < SEEDED; ++s) seeded_count[s] = sort_unique(seeded[s], seeded_count[s]);
+    sort_unique(&coarse);
+    for (int s = 0; s < SEEDED; ++s) sort_unique(&seeded[s]);
 }
 
 static void keep_nearer(rbe_nearest *best, double *distance, rbe_nearest candidate, double target) {
@@ -69,17 +92,18 @@ static void keep_nearer(rbe_nearest *best, double *distance, rbe_nearest candida
     }
 }
 
-static rbe_nearest in_list(const rbe_nearest *list, int count, double target) {
-    int low = 0;  // the first value that is not below the target: halving without a branch that guesses
-    for (int length = count; length > 0;) {
-        const int half = length / 2, step = list[low + half].scale < target ? length - half : 0;
+static rbe_nearest in_list(const value_list *list, double target) {
+    const int bucket = bucket_of((float)target);
+    int low = list->start[bucket];  // the first value that is not below the target: halving without a branch that guesses
+    for (int length = list->start[bucket + 1] - low; length > 0;) {
+        const int half = length / 2, step = list->at[low + half].scale < target ? length - half : 0;
         low += step;
         length = half;
     }
     rbe_nearest best = {0};
     double distance = INFINITY;
-    if (low > 0) keep_nearer(&best, &distance, list[low - 1], target);
-    if (low < count) keep_nearer(&best, &distance, list[low], target);
+    if (low > 0) keep_nearer(&best, &distance, list->at[low - 1], target);
+    if (low < list->count) keep_nearer(&best, &distance, list->at[low], target);
     return best;
 }
 
@@ -109,7 +133,7 @@ static void search_cell(int cell, uint32_t sign, double target, rbe_nearest *bes
 }
 
 static rbe_nearest in_cells(double target) {
-    rbe_nearest best = in_list(coarse, coarse_count, target);
+    rbe_nearest best = in_list(&coarse, target);
     double distance = fabs(best.scale - target);
     for (uint32_t sign = 0; sign < 2; ++sign) {
         const double aim = sign ? -target : target;
@@ -125,5 +149,5 @@ rbe_nearest rbe_nearest_scale(rbe_field field, double target) {
     pthread_once(&once, build);
     if (field == RBE_FIELD_RBE32) return in_cells(target);
     const int s = (int)field - RBE_FIELD_RBE9R;
-    return s >= 0 ? in_list(seeded[s], seeded_count[s], target) : in_list(coarse, coarse_count, target);
+    return s >= 0 ? in_list(&seeded[s], target) : in_list(&coarse, target);
 }
