@@ -1,9 +1,10 @@
-// Additive codes of 8 bits, groups of 8 and up to 16 tokens in float32: W is summed from a basis that lies in L1 and multiplied at once, 16 columns in
-// a register.
+// Additive codes of 8 bits, groups of 8 and up to 16 tokens in float32: W is summed from a basis that lies in L1 and multiplied at once, 16 columns
+// in a register.
 //
 //     y[i, t] = sum over columns j of x[t, j] sum over s of basis[s, idx[i, j / 8, s], j % 8]
 //
-// 16 sums stay in registers, of 16 / tokens rows, and their lanes are added up every CHUNK vectors of columns: x and the offsets of those stay in L1 beside the basis.
+// 16 sums stay in registers, of 16 / tokens rows, and their lanes are added up every CHUNK vectors of columns: x and the offsets of those stay in L1
+// beside the basis.
 #define RBE_SIMD_AVX512
 #include "places.h"
 #include "../simd/simd.h"
@@ -19,7 +20,8 @@ V_INLINE __m256 half_of(const int stages, const uint16_t *place, const float *ba
 }
 
 // All 64 rows, in the order of turn_columns. last: the columns of the last vector that exist; what pads the basis there must not be met.
-V_INLINE void add_vectors(const int stages, const int tokens, int64_t vectors, __mmask16 last, const places *at, uintptr_t ahead, const float *basis, const float *x, float *y) {
+V_INLINE void add_vectors(const int stages, const int tokens, int64_t vectors, __mmask16 last, const places *at, uintptr_t ahead,
+                         const float *basis, const float *x, float *y) {
     const int each = STAGES_MAX / stages, rows = SUMS / tokens;
     for (int r0 = 0; r0 < RBE_LANES; r0 += rows, y += SUMS) {
         __m512 sum[SUMS];
@@ -35,14 +37,16 @@ V_INLINE void add_vectors(const int stages, const int tokens, int64_t vectors, _
                 const __m256 low = half_of(stages, place + 8 * r, basis), high = half_of(stages, place + 8 * r + stages, basis);
                 const __m512 w = _mm512_maskz_insertf32x8(mask, _mm512_castps256_ps512(low), high, 1);
 #pragma GCC unroll 16
-                for (int t = 0; t < tokens; ++t) sum[r * tokens + t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + (v * tokens + t) * 16), sum[r * tokens + t]);
+                for (int t = 0; t < tokens; ++t)
+                    sum[r * tokens + t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + (v * tokens + t) * 16), sum[r * tokens + t]);
             }
         }
         v_store(y, v_add(v_load(y), v_sums(sum)));
     }
 }
 
-V_INLINE void add_tokens(const int stages, int64_t tokens, int64_t vectors, __mmask16 last, const places *at, uintptr_t ahead, const float *basis, const float *x, float *y) {
+V_INLINE void add_tokens(const int stages, int64_t tokens, int64_t vectors, __mmask16 last, const places *at, uintptr_t ahead,
+                         const float *basis, const float *x, float *y) {
     if (tokens == 1)
         add_vectors(stages, 1, vectors, last, at, ahead, basis, x, y);
     else if (tokens == 4)
@@ -63,7 +67,7 @@ void rbe_lookup_rows__avx512(int64_t stages, int64_t cols, const uint8_t *idx, c
             const int64_t q = (v / each + b) * block, here = count - q < block ? count - q : block;
             turn_columns(5, idx + q * RBE_LANES, here, at + b);
         }
-        const uintptr_t ahead = (uintptr_t)idx + (uintptr_t)((v + CHUNK) * 2 * stages * RBE_LANES);  // of the next vectors, which may lie outside the codes
+        const uintptr_t ahead = (uintptr_t)idx + (uintptr_t)((v + CHUNK) * 2 * stages * RBE_LANES);  // the next vectors', or outside any array
         const __mmask16 last = v + some < vectors || cols % 16 == 0 ? (__mmask16)0xFFFF : (__mmask16)((1u << cols % 16) - 1u);
         switch (stages) {
             case 1: add_tokens(1, tokens, some, last, at, ahead, basis, x, sums); break;
