@@ -154,7 +154,7 @@ def test_a_layer_exports_and_compiles(layer: RBELinear) -> None:
 
 
 def test_the_accuracy_of_a_layer_can_be_chosen(layer: RBELinear) -> None:
-    x = torch.randn(1, N)
+    x = torch.randn(40, N)  # few tokens of so small a layer are exact in both classes
     want = x.double() @ layer.weight.double().T + layer.bias
     errors = {}
     for accuracy in ("exact", "fast", "auto"):
