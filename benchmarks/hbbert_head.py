@@ -36,8 +36,8 @@ class Projected(nn.Module):
         else:
             self.weight, self.bias = (nn.Parameter(value.clone()) for value in start)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HbBertOutput:
-        mean = self.encoder(input_ids, attention_mask).embedding
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **packed: Tensor) -> HbBertOutput:
+        mean = self.encoder(input_ids, attention_mask, **packed).embedding
         with torch.autocast(mean.device.type, enabled=False):
             mean = mean.float()
             vector = nn.functional.linear(mean, self.weight, self.bias) if hasattr(self, "weight") else self.log_scale.exp() * mean

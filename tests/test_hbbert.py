@@ -17,6 +17,7 @@ from rbe_torch import RBELinear
 pytest.importorskip("geoopt")
 transformers = pytest.importorskip("transformers", minversion="5")
 from rbe_torch.hyperbolic import HbBertConfig, HbBertForSequenceClassification, HbBertModel
+from rbe_torch.hyperbolic.packing import pack
 
 LIKE_BERT = 1e-4  # the bound on outputs at c -> 0
 COMPILED = 1e-4
@@ -108,6 +109,31 @@ def test_padding_is_not_seen_and_hidden_states_are_reported(manifold, mode):
     torch.testing.assert_close(padded.embedding[1:], alone.embedding, rtol=0, atol=1e-5)
     assert len(padded.hidden_states) == 3
     assert torch.equal(padded.hidden_states[-1], padded.last_hidden_state)
+
+
+@MANIFOLDS
+@MODES
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_texts_of_one_row_do_not_see_each_other(manifold, mode, attention):
+    generator, lengths = torch.Generator().manual_seed(0), torch.tensor([3, 9, 1, 5, 5, 2, 8, 4])
+    ids = torch.randint(5, 60, (8, 9), generator=generator) * (torch.arange(9) < lengths[:, None])
+    model = hb(manifold=manifold, curvature=0.1, mode=mode)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = attention
+    packed = pack(ids, lengths, 12)
+    assert packed["owner"].shape == (4, 12) and sorted(packed["owner"].flatten().tolist())[11:] == sum(([i] * n for i, n in enumerate(lengths)), [])
+    alone = torch.cat([model(ids[i : i + 1, :n]).embedding for i, n in enumerate(lengths)])
+    torch.testing.assert_close(model(**packed).embedding, alone, rtol=0, atol=1e-5)
+    gradients = [torch.autograd.grad(points.square().sum(), model.parameters(), allow_unused=True) for points in (model(**packed).embedding, alone)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="owner: has shape .4, 12., cannot be given with attention_mask"):
+        model(**packed, attention_mask=torch.ones(4, 12))
+    with pytest.raises(ValueError, match="owner: has shape .3, 12., must have shape .4, 12."):
+        model(**{**packed, "owner": packed["owner"][1:]})
 
 
 @MANIFOLDS

@@ -19,6 +19,7 @@ from rbe_torch.cli import main
 pytest.importorskip("geoopt")
 transformers = pytest.importorskip("transformers", minversion="5")
 from rbe_torch.hyperbolic import HbBertModel, Lorentz, PoincareBall, stages, training
+from rbe_torch.hyperbolic.families import Families
 from rbe_torch.hyperbolic.hierarchy import Hierarchy, read_hierarchy
 from rbe_torch.hyperbolic.scoring import ALPHA, BETA, best_rule, f1, f1_by, features, hierarchy_loss
 from rbe_torch.hyperbolic.tasks import negatives, split
@@ -186,6 +187,34 @@ def test_wrong_parents_are_wrong_and_hard_ones_are_siblings():
     assert np.array_equal(wrong, negatives(hierarchy, pairs, "hard", count=10, seed=1))
 
 
+def test_a_batch_of_families_has_its_wrong_parents_in_itself():
+    hierarchy = Hierarchy.from_pairs([*((tree().names[a], tree().names[b]) for a, b in tree().edges), ("r a a", "r b")])
+    families, seen = Families(hierarchy, hierarchy.edges, 40, seed=3), []
+    siblings = [{s for p in found for s in hierarchy.children[p]} - {i} for i, found in enumerate(hierarchy.parents)]
+    for step in range(3):
+        entities, place = families.batch(step, 2, 3)
+        assert place.shape == (40, 7) and len(set(entities.tolist())) == len(entities) and set(place.ravel()) <= set(range(len(entities)))
+        for child, parent, *wrong in entities[place].tolist():
+            assert parent in hierarchy.parents[child] and len(set(wrong)) == 5
+            assert not set(wrong) & (hierarchy.ancestors[child] | {child})
+            there = siblings[child] & set(entities.tolist()) - hierarchy.ancestors[child]
+            assert len(set(wrong[:2]) & there) == min(2, len(there))
+            seen.append((child, parent))
+    assert len(set(seen)) == len(seen) == 120 and set(seen) <= set(hierarchy.edges)  # an epoch: none twice
+    again = Families(hierarchy, hierarchy.edges, 40, seed=3).batch(2, 2, 3)
+    assert all((ours == theirs).all() for ours, theirs in zip(again, (entities, place), strict=True))
+    following = families.batch(3, 2, 3)
+    assert not np.array_equal(following[1], families.batch(0, 2, 3)[1])  # the next epoch has another order
+
+
+def test_a_batch_that_is_too_small_for_its_wrong_parents_is_refused():
+    hierarchy = tree()
+    with pytest.raises(ValueError, match="batch: is 4, too small for 20 wrong parents a pair"):
+        Families(hierarchy, hierarchy.edges, 4).batch(0, 10, 10)
+    with pytest.raises(ValueError, match="batch: is 200, must be positive and at most the 120 pairs"):
+        Families(hierarchy, hierarchy.edges, 200)
+
+
 def test_small_hierarchies_are_refused_or_repeat():
     chain = Hierarchy.from_pairs([("c", "b"), ("b", "a")])
     with pytest.raises(ValueError, match="too few to hold 5 %"):
@@ -246,21 +275,22 @@ def names_of(directory: Path, hierarchy: Hierarchy) -> Names:
     return Names(transformers.AutoTokenizer.from_pretrained(directory), hierarchy.names)
 
 
-@pytest.mark.parametrize("layout", [None, "rbe22_g8"])
-def test_training_lowers_the_loss_and_tells_parents_from_others(layout, directory):
+@pytest.mark.parametrize(("layout", "shared"), [(None, False), ("rbe22_g8", False), (None, True)])
+def test_training_lowers_the_loss_and_tells_parents_from_others(layout, shared, directory):
     hierarchy = tree()
     names, model = names_of(directory, hierarchy), start(directory, layout)
     parts = split(hierarchy)
-    losses = train(model, names, hierarchy, parts.train, Options(steps=60, batch=16, lr=1e-2, alpha=1.0))
+    losses = train(model, names, hierarchy, parts.train, Options(steps=60, batch=16, lr=1e-2, alpha=1.0, shared=shared))
     assert np.mean(losses[-10:]) < LEARNT * np.mean(losses[:5]) and not model.training
     wrong = negatives(hierarchy, parts.test, "random")
     rule, found = best_rule(*features(model.manifold, encode_all(model, names), parts.test, wrong))
     assert found > 0.4  # accepting everything gives 0.18
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(directory, tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(shared, directory, tmp_path):
     hierarchy = tree()
-    names, parts, options = names_of(directory, hierarchy), split(hierarchy), Options(steps=8, batch=8, lr=1e-3)
+    names, parts, options = names_of(directory, hierarchy), split(hierarchy), Options(steps=8, batch=8, lr=1e-3, shared=shared)
     torch.manual_seed(1)
     whole = start(directory)
     expected = train(whole, names, hierarchy, parts.train, options, tmp_path / "whole.pt")

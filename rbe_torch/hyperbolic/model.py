@@ -24,6 +24,7 @@ from .config import MODES, HbBertConfig
 from .curvature import Curvature
 from .from_bert import FromBert
 from .layers import attend, manifold_of, merge_heads, split_heads
+from .packing import mean_by_owner, together
 
 
 @dataclass
@@ -84,20 +85,25 @@ class HbBertModel(FromBert, BertModel):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        owner: Tensor | None = None,
         **keywords: Any,
     ) -> HbBertOutput | tuple:
-        """input_ids [B, L] or inputs_embeds [B, L, d]; attention_mask [B, L], 1 for tokens. keywords: refused in mode "inner" unless they
-        are None."""
+        """input_ids [B, L] or inputs_embeds [B, L, d]; attention_mask [B, L], 1 for tokens. owner [B, L]: several texts in a row, as
+        packing.pack lays them out; instead of attention_mask, and there is an embedding for each text. keywords: refused in mode "inner"
+        unless they are None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either input_ids or inputs_embeds")
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if attention_mask is not None and attention_mask.shape != shape:
             raise ValueError(f"attention_mask: has shape {tuple(attention_mask.shape)}, must be {tuple(shape)}")
+        if owner is not None and (attention_mask is not None or owner.shape != shape):
+            reason = "cannot be given with attention_mask" if attention_mask is not None else f"must have shape {tuple(shape)}"
+            raise ValueError(f"owner: has shape {tuple(owner.shape)}, {reason}")
         states = None
         if self.config.mode == "output":
             done = super().forward(
                 input_ids,
-                attention_mask,
+                attention_mask if owner is None else self._bias(owner),
                 token_type_ids,
                 position_ids,
                 inputs_embeds,
@@ -105,23 +111,34 @@ class HbBertModel(FromBert, BertModel):
                 **keywords,
             )
             hidden, pooled, states = done.last_hidden_state, done.pooler_output, done.hidden_states
-            embedding = self.manifold.projx(_mean(hidden, attention_mask))
+            embedding = self.manifold.projx(_mean(hidden, attention_mask) if owner is None else mean_by_owner(hidden, owner))
         else:
             unknown = [name for name, value in keywords.items() if value not in (None, False)]
             if unknown:
                 raise ValueError(f"{unknown[0]}: is not available in mode 'inner'")
             points = self.manifold.expmap0(self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds))
             seen = torch.ones(shape, dtype=torch.bool, device=points.device) if attention_mask is None else attention_mask.bool()
-            stages = [points]
+            stages, mask = [points], seen[:, None, None, :] if owner is None else together(owner)
             for layer in self.encoder.layer:
-                stages.append(layer(stages[-1], seen[:, None, None, :]))
+                stages.append(layer(stages[-1], mask))
             if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
                 states = tuple(self.manifold.logmap0(stage) for stage in stages)
             hidden = self.manifold.logmap0(stages[-1])
             pooled = self.pooler(hidden) if self.pooler is not None else None
-            embedding = self.manifold.midpoint(stages[-1], seen[:, None, :].to(hidden.dtype)).squeeze(1)
+            if owner is None:
+                embedding = self.manifold.midpoint(stages[-1], seen[:, None, :].to(hidden.dtype)).squeeze(1)
+            else:
+                of = owner.flatten() == torch.arange(int(owner.max()) + 1, device=owner.device)[:, None]
+                embedding = self.manifold.midpoint(stages[-1].flatten(0, 1), of.to(hidden.dtype))
         output = HbBertOutput(last_hidden_state=hidden, pooler_output=pooled, hidden_states=states, embedding=embedding)
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _bias(self, owner: Tensor) -> Tensor:
+        """What keeps texts of a row apart, as transformers' attention takes it: added to scores, in their type."""
+        kind = owner.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        same = together(owner)
+        return torch.zeros(same.shape, dtype=dtype, device=owner.device).masked_fill(~same, torch.finfo(dtype).min)
 
 
 def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:

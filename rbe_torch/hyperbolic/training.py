@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..rates import param_groups
+from .families import Families
 from .hierarchy import Hierarchy
+from .packing import pack
 from .scoring import ALPHA, BETA, hierarchy_loss
 from .tasks import Pairs, negatives
 
@@ -32,7 +34,8 @@ CURVATURE_RATE = 1e-2  # of log(c), a number of order 1; the weights' rates woul
 @dataclass(frozen=True)
 class Options:
     """steps of `batch` pairs. lr: of dense weights; amplitudes take 100 lr rbe_rate, a trained basis 50 lr rbe_rate. hard: share of
-    hard negatives. bfloat16: products of the encoder in that type (autocast); points, distances and weights stay float32."""
+    hard negatives. bfloat16: products of the encoder in that type (autocast); points, distances and weights stay float32. shared: wrong
+    parents are taken from the batch, in which siblings come together, and names are encoded without padding: families.py, packing.py."""
 
     steps: int = 300
     batch: int = 32
@@ -44,6 +47,7 @@ class Options:
     beta: float = BETA
     seed: int = 0
     bfloat16: bool = False
+    shared: bool = False
 
 
 class Names:
@@ -80,12 +84,13 @@ class Names:
 
 
 @torch.no_grad()
-def encode_all(model: nn.Module, names: Names, batch: int = 256) -> Tensor:
-    """Points float32 [entities, d], in eval mode; entities of equal length together."""
+def encode_all(model: nn.Module, names: Names, batch: int = 256, entities: Tensor | None = None) -> Tensor:
+    """Points float32 [entities, d], of all or of those given, in eval mode; entities of equal length together."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    order = names.lengths.argsort(stable=True)
-    parts = [model(*names.batch(chunk, device)).embedding.float() for chunk in order.split(batch)]
+    entities = torch.arange(len(names.lengths)) if entities is None else entities
+    order = names.lengths[entities].argsort(stable=True)
+    parts = [model(*names.batch(entities[chunk], device)).embedding.float() for chunk in order.split(batch)]
     model.train(training)
     points = torch.cat(parts)
     return torch.empty_like(points).index_copy_(0, order.to(device), points)
@@ -97,6 +102,25 @@ def encode(model: nn.Module, names: Names, entities: Tensor, device: torch.devic
     lots = [lot for lot in order.tensor_split(2) if len(lot)]
     points = torch.cat([model(*names.batch(entities[lot], device)).embedding for lot in lots])
     return points[order.argsort().to(device)]
+
+
+def encode_packed(model: nn.Module, names: Names, entities: Tensor, device: torch.device) -> Tensor:
+    """The same, without padding, for models that take packed rows."""
+    lengths = names.lengths[entities]
+    packed = pack(names.ids[entities, : int(lengths.max())], lengths)
+    return model(**{key: value.to(device) for key, value in packed.items()}).embedding
+
+
+def draw(hierarchy: Hierarchy, pairs: Pairs, options: Options, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one step: the distinct entities [E], and each triple child, parent, wrong ones as places in them, [batch, 2 + wrong]."""
+    hard = round(options.hard * options.wrong)
+    generator = random.Random(options.seed * 1_000_003 + step)  # of the step alone: a resumed run draws the same
+    chosen = generator.choices(pairs, k=options.batch)
+    counts = [(kind, count) for kind, count in (("hard", hard), ("random", options.wrong - hard)) if count]
+    wrong = [negatives(hierarchy, chosen, kind, count, generator.randrange(2**31)) for kind, count in counts]
+    triples = np.concatenate([np.array(chosen, dtype=np.int64), *wrong], 1)
+    entities, place = np.unique(triples, return_inverse=True)
+    return entities, place.reshape(triples.shape)
 
 
 def optimiser_of(model: nn.Module, options: Options) -> torch.optim.Optimizer:
@@ -149,27 +173,21 @@ def train(
         optimiser.load_state_dict(state["optimiser"])
         losses = state["losses"]
         torch.set_rng_state(state["rng"].cpu())
-    hard, easy = round(options.hard * options.wrong), options.wrong - round(options.hard * options.wrong)
+    families = Families(hierarchy, pairs, options.batch, options.seed) if options.shared else None
     saved = time.monotonic()
     model.train()
     for step in range(len(losses), options.steps if stop_at is None else min(stop_at, options.steps)):
-        generator = random.Random(options.seed * 1_000_003 + step)  # of the step alone: a resumed run draws the same
-        chosen = generator.choices(pairs, k=options.batch)
-        wrong = np.concatenate(
-            [
-                negatives(hierarchy, chosen, kind, count, generator.randrange(2**31))
-                for kind, count in (("hard", hard), ("random", easy))
-                if count
-            ],
-            1,
-        )
-        triples = torch.from_numpy(np.concatenate([np.array(chosen, dtype=np.int64), wrong], 1))
-        entities, place = triples.unique(return_inverse=True)
+        if families is None:
+            drawn = draw(hierarchy, pairs, options, step)
+        else:
+            hard = round(options.hard * options.wrong)
+            drawn = families.batch(step, hard, options.wrong - hard)
+        entities, place = (torch.from_numpy(part) for part in drawn)
         factor = min((step + 1) / max(1, options.steps // 10), (options.steps - step) / max(1, options.steps - options.steps // 10))
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):
-            points = encode(model, names, entities, device)
+            points = encode(model, names, entities, device) if families is None else encode_packed(model, names, entities, device)
         points = points.float()[place.to(device)]
         loss = hierarchy_loss(model.manifold, points[:, 0], points[:, 1], points[:, 2:], options.alpha, options.beta)
         optimiser.zero_grad(set_to_none=True)
