@@ -13,7 +13,8 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import hbbert
@@ -35,7 +36,7 @@ class Watch:
     """Called after every step: each `every` steps it appends validation F1 on WATCHED pairs of multi-hop and as many of mixed-hop's direct
     ones to `file`."""
 
-    def __init__(self, bench: Bench, model: nn.Module, every: int, file) -> None:
+    def __init__(self, bench: Bench, model: nn.Module, every: int, file: Path) -> None:
         direct = set(bench.hierarchy.edges)
         held = bench.splits["mixed"].validation
         parts = {"indirect": [pair for pair in held if pair not in direct], "direct": [pair for pair in held if pair in direct]}
@@ -82,14 +83,15 @@ def main() -> int:
     parser.add_argument("--hard", type=float, default=0.5, help="share of siblings among the wrong parents; default 0.5")
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command without it goes on")
-    parser.set_defaults(full=True, bfloat16=True, steps=2000, batch=512, wrong=10)
+    parser.set_defaults(below=None, bfloat16=True, steps=1000, batch=512, wrong=10, lr=5e-4, device="cpu")
     options = parser.parse_args()
+    options.full = options.below is None
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"hbbert-whole-{options.space.replace(' ', '')}-{options.seed}"
     bench = Bench(options)
     model = without_dropout(bench.model(options.space))
-    settings = bench.settings.__class__(**{**asdict(bench.settings), "hard": options.hard, "shared": True})
+    settings = replace(bench.settings, hard=options.hard, shared=True)
     curve = stem.with_suffix(".curve.jsonl")
     train(
         model, bench.names, bench.hierarchy, bench.splits["mixed"].train, settings, stem.with_suffix(".pt"),

@@ -138,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     entry.add_argument("--steps", type=_count, default=1000, help="default 1000")
     entry.add_argument("--dense-steps", type=_count, metavar="N", help="of these, before the compression to L; default half, or none where L cannot hold a trained weight")
     entry.add_argument("--batch", type=_count, default=32, help="pairs a step, default 32")
+    entry.add_argument("--shared", action="store_true",
+                       help="wrong parents from the batch, names without padding: several times the pairs a second; for a --batch of 100 and more")
+    entry.add_argument("--bfloat16", action="store_true", help="the encoder's products in that type: half the time on a CPU with AMX")
     entry.add_argument("--lr", type=_positive, help="default 1e-4, or 5e-4 for codes")
     entry.add_argument("--seed", type=_seed, default=0)
     entry.add_argument("--force", action="store_true", help="write into OUT although it is not empty")

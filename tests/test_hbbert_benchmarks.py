@@ -193,3 +193,14 @@ def test_the_cheaper_run_starts_where_the_whole_encoder_does(inputs, monkeypatch
 def test_a_word_that_wordnet_has_not_is_named(inputs, tmp_path):
     done = script("hbbert.py", inputs, tmp_path, "--below", "unicorn")
     assert done.returncode == 1 and "WordNet has no noun 'unicorn'" in done.stderr
+
+
+def test_the_whole_protocol_in_small_goes_on_and_has_its_curve(inputs, tmp_path):
+    given = ("--batch", 16, "--wrong", 2, "--every", 2, "--space", "ours 8")
+    assert script("hbbert_whole.py", inputs, tmp_path / "cut", *given, "--stop-at", 3).returncode == 0
+    for out in ("cut", "whole"):
+        done = script("hbbert_whole.py", inputs, tmp_path / out, *given)
+        assert done.returncode == 0, done.stderr
+    cut, whole = (json.loads((tmp_path / out / "hbbert_whole_ours8.json").read_text()) for out in ("cut", "whole"))
+    assert [entry["step"] for entry in whole["curve"]] == [2, 4] and whole["settings"]["shared"] and cut["f1"] == whole["f1"]
+    assert set(whole["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"}

@@ -365,6 +365,11 @@ def test_the_command_trains_saves_and_what_it_saves_loads(capsys, directory, pai
     assert status == 0 and json.loads(text)["curvature"] == pytest.approx(facts["curvature"]), err
     status, text, err = run(capsys, *fixed, "--force", "--manifold", "poincare", "--mode", "output", "--curvature", 0, "--task", "mixed")
     assert status == 0 and "test F1" in text, err
+    shared = ["--data", pairs, "--out", tmp_path / "shared", "--model", directory, "--steps", 4, "--quiet", "--shared", "--bfloat16"]
+    status, text, err = run(capsys, *shared, "--json")
+    assert status == 0 and json.loads(text)["steps"] == 4, err
+    status, _, err = run(capsys, *shared, "--force", "--batch", 1000)
+    assert status == 1 and "batch: is 1000, must be positive and at most the 120 pairs there are" in err
 
 
 IN_CODES = ["--batch", 8, "--quiet", "--json", "--layout", "rbe8_g8", "--learn-curvature"]

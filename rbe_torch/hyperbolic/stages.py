@@ -31,7 +31,7 @@ from .training import Names, Options, train
 
 UNFINISHED = "unfinished"
 RATE, CODE_RATE = 1e-4, 5e-4  # benchmarks/hbbert.py: in codes far less is trained, and it takes larger steps
-_SETTINGS = ("manifold", "mode", "curvature", "learn_curvature", "task", "steps", "dense_steps", "batch", "lr", "seed", "model")
+_SETTINGS = ("manifold", "mode", "curvature", "learn_curvature", "task", "steps", "dense_steps", "batch", "shared", "bfloat16", "lr", "seed", "model")
 
 
 def train_in_stages(
@@ -56,7 +56,7 @@ def train_in_stages(
 
     def learn(steps: int, seed: int, file: str) -> list[float]:
         rate = options.lr or (CODE_RATE if _coded(model) else RATE)
-        settings = Options(steps=steps, batch=options.batch, lr=rate, seed=seed)
+        settings = Options(steps=steps, batch=options.batch, lr=rate, seed=seed, bfloat16=options.bfloat16, shared=options.shared)
         with Progress("train in codes" if _coded(model) else "train", steps, not options.quiet) as bar:
             return train(model, names, hierarchy, pairs, settings, folder / file, report=lambda step, loss: bar.step(1, f"loss {loss:.3f}"))
 
