@@ -41,7 +41,8 @@ class Watch:
         held = bench.splits["mixed"].validation
         parts = {"indirect": [pair for pair in held if pair not in direct], "direct": [pair for pair in held if pair in direct]}
         self.parts = {name: random.Random(0).sample(pairs, min(WATCHED, len(pairs))) for name, pairs in parts.items()}
-        self.wrong = {(name, kind): negatives(bench.hierarchy, pairs, kind, seed=1) for name, pairs in self.parts.items() for kind in NEGATIVES}
+        kinds = [(name, kind) for name in self.parts for kind in NEGATIVES]
+        self.wrong = {(name, kind): negatives(bench.hierarchy, self.parts[name], kind, seed=1) for name, kind in kinds}
         used = [np.array(pairs).ravel() for pairs in self.parts.values()] + [wrong.ravel() for wrong in self.wrong.values()]
         self.entities = torch.from_numpy(np.unique(np.concatenate(used)))
         self.bench, self.model, self.every, self.file = bench, model, every, file
