@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--space", choices=tuple(SPACES), default="ours")
     parser.add_argument("--hard", type=float, default=0.5, help="share of siblings among the wrong parents; default 0.5")
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
+    parser.add_argument("--start", type=Path, help="checkpoint of an earlier run of this script, whose weights this one begins with")
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command without it goes on")
     parser.set_defaults(below=None, bfloat16=True, steps=1000, batch=512, wrong=10, lr=5e-4, device="cpu")
     options = parser.parse_args()
@@ -93,6 +94,9 @@ def main() -> int:
     bench = Bench(options)
     model = without_dropout(bench.model(options.space))
     settings = replace(bench.settings, hard=options.hard, shared=True)
+    if options.start is not None:
+        model.load_state_dict(torch.load(options.start, weights_only=True)["model"])
+        settings = replace(settings, seed=options.seed + 1)  # other epochs; the split is that of --seed
     curve = stem.with_suffix(".curve.jsonl")
     train(
         model, bench.names, bench.hierarchy, bench.splits["mixed"].train, settings, stem.with_suffix(".pt"),
@@ -109,6 +113,7 @@ def main() -> int:
     row = {
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "space": {"name": options.space, **asdict(SPACES[options.space])}, "settings": asdict(settings),
+        "start": None if options.start is None else str(options.start),
         "entities": len(bench.hierarchy.names), "trained_on": len(bench.splits["mixed"].train),
         "test_pairs": {task: len(parts.test) for task, parts in bench.splits.items()},
         "curvature": c, "scale": float(model.log_scale.exp().detach()) if hasattr(model, "log_scale") else None,
