@@ -25,7 +25,7 @@ from hbbert_bench import SPACES, Bench
 from hbbert_head import optimiser_with_head
 from torch import nn
 
-from rbe_torch.hyperbolic.scoring import best_rule, features
+from rbe_torch.hyperbolic.scoring import ALPHA, BETA, best_rule, features
 from rbe_torch.hyperbolic.tasks import NEGATIVES, TASKS, negatives
 from rbe_torch.hyperbolic.training import encode_all, train
 
@@ -82,6 +82,8 @@ def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--space", choices=tuple(SPACES), default="ours")
     parser.add_argument("--hard", type=float, default=0.5, help="share of siblings among the wrong parents; default 0.5")
+    parser.add_argument("--alpha", type=float, default=ALPHA, help=f"margin between parents and wrong ones; default HiT's {ALPHA:g}")
+    parser.add_argument("--beta", type=float, default=BETA, help=f"margin between a parent's distance from the origin and its child's; default HiT's {BETA:g}")
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
     parser.add_argument("--start", type=Path, help="checkpoint of an earlier run of this script, whose weights this one begins with")
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command without it goes on")
@@ -93,7 +95,7 @@ def main() -> int:
     stem = options.out / f"hbbert-whole-{options.space.replace(' ', '')}-{options.seed}"
     bench = Bench(options)
     model = without_dropout(bench.model(options.space))
-    settings = replace(bench.settings, hard=options.hard, shared=True)
+    settings = replace(bench.settings, hard=options.hard, alpha=options.alpha, beta=options.beta, shared=True)
     if options.start is not None:
         model.load_state_dict(torch.load(options.start, weights_only=True)["model"])
         settings = replace(settings, seed=options.seed + 1)  # other epochs; the split is that of --seed
