@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
     parser.add_argument("--start", type=Path, help="checkpoint of an earlier run of this script, whose weights this one begins with")
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command without it goes on")
+    parser.add_argument("--judge", action="store_true", help="with --stop-at: the result of the run as far as it has come")
     parser.set_defaults(below=None, bfloat16=True, steps=1000, batch=512, wrong=10, lr=5e-4, device="cpu")
     options = parser.parse_args()
     options.full = options.below is None
@@ -100,11 +101,11 @@ def main() -> int:
         model.load_state_dict(torch.load(options.start, weights_only=True)["model"])
         settings = replace(settings, seed=options.seed + 1)  # other epochs; the split is that of --seed
     curve = stem.with_suffix(".curve.jsonl")
-    train(
+    losses = train(
         model, bench.names, bench.hierarchy, bench.splits["mixed"].train, settings, stem.with_suffix(".pt"),
         report=Watch(bench, model, options.every, curve), stop_at=options.stop_at, optimiser_for=optimiser_with_head,
     )  # fmt: skip
-    if options.stop_at is not None and options.stop_at < options.steps:
+    if options.stop_at is not None and options.stop_at < options.steps and not options.judge:
         return 0
     points = bench.points(model)
     torch.save(points, stem.with_suffix(".points.pt"))
@@ -115,7 +116,7 @@ def main() -> int:
     row = {
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "space": {"name": options.space, **asdict(SPACES[options.space])}, "settings": asdict(settings),
-        "start": None if options.start is None else str(options.start),
+        "steps": len(losses), "start": None if options.start is None else str(options.start),
         "entities": len(bench.hierarchy.names), "trained_on": len(bench.splits["mixed"].train),
         "test_pairs": {task: len(parts.test) for task, parts in bench.splits.items()},
         "curvature": c, "scale": float(model.log_scale.exp().detach()) if hasattr(model, "log_scale") else None,
