@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--space", choices=tuple(SPACES), default="ours")
     parser.add_argument("--hard", type=float, default=0.5, help="share of siblings among the wrong parents; default 0.5")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"margin between parents and wrong ones; default HiT's {ALPHA:g}")
-    parser.add_argument("--beta", type=float, default=BETA, help=f"margin between a parent's distance from the origin and its child's; default HiT's {BETA:g}")
+    parser.add_argument("--beta", type=float, default=BETA, help=f"margin between a parent's norm and its child's; default HiT's {BETA:g}")
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
     parser.add_argument("--start", type=Path, help="checkpoint of an earlier run of this script, whose weights this one begins with")
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command without it goes on")
