@@ -53,8 +53,10 @@ def from_weights(task: Task, quantise: Callable[[Tensor], Quantised]) -> Result:
 
 @torch.no_grad()
 def from_inputs(task: Task, quantise: Callable[[Tensor, Tensor], Quantised]) -> Result:
-    """quantise(W [m, n], X^T X [n, n] of what reaches the layer behind the compressed ones, as published for GPTQ and AQLM)."""
+    """quantise(W [m, n], X^T X [n, n] of what reaches the layer behind the compressed ones, as published for GPTQ and AQLM). The notes have
+    tr((W - Q) X^T X (W - Q)^T) over that of W, by layer."""
     model, weights, stored = models.load_dense(task.source), 0, 0.0
+    lost: dict[str, float] = {}
     entries, visits = _walk(task, model)
     for visit in visits:
         for phase in visit.stretch.phases:
@@ -70,7 +72,12 @@ def from_inputs(task: Task, quantise: Callable[[Tensor, Tensor], Quantised]) -> 
                 decoded, bits = quantise(weight, hessian)
                 _set_weight(module, decoded)
                 weights, stored = weights + weight.numel(), stored + bits * weight.numel()
-    return model, stored / weights, {}
+                lost[visit.stretch.full(layer)] = _energy(weight - decoded, hessian) / _energy(weight, hessian)
+    return model, stored / weights, {"lost": lost}
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    return float(((weight @ hessian) * weight).sum())
 
 
 @torch.no_grad()

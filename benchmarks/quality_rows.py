@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -93,6 +94,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def start(arguments: argparse.Namespace, name: str) -> Rows:
     """Seed and threads; the rows of OUT/name.json, with the machine's facts."""
     torch.manual_seed(0)
+    random.seed(0)  # AQLM's order of groups
     torch.set_num_threads(arguments.threads)
     rows = Rows(arguments.out / f"{name}.json")
     rows.facts["machine"] = asdict(harness.Machine(harness.cpu_name(), rbe_torch._ops.isa(), torch.get_num_threads(), torch.__version__))

@@ -115,7 +115,7 @@ def aqlm(weight: Tensor, hessian: Tensor, codebooks: int, epochs: int) -> tuple[
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.clone()
     engine = AQEngine(layer)
-    engine.XTX = (hessian / hessian.diagonal().mean()).double()
+    engine.XTX = hessian / hessian.diagonal().mean()  # float32: wide layers take half as long as in its float64
     settings = argparse.Namespace(
         devices=[torch.device("cpu")], out_group_size=1, in_group_size=8, num_codebooks=codebooks, nbits_per_codebook=8,
         codebook_value_nbits=16, codebook_value_num_groups=1, scale_nbits=0, init_max_iter=100, init_max_points_per_centroid=None,
