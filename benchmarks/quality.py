@@ -53,8 +53,8 @@ class Sentences:
         self.source = models.model_directory(model)
         self.tokenizer = models.load_tokenizer(self.source)
         stsb = [line.split("\t") for line in (data / "stsb/sts-train.csv").read_text(encoding="utf-8").splitlines()]
-        sst2, self.dev = evaluate.read_sst2(data)
-        train = [cells[column] for cells in stsb for column in (5, 6)] + sst2.texts[:20000]
+        self.train, self.dev = evaluate.read_sst2(data)
+        train = [cells[column] for cells in stsb for column in (5, 6)] + self.train.texts[:20000]
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         chosen = [train[i] for i in order]
         calibration = chosen[:samples] if pairs is None else evaluate.read_pairs(pairs).sentences
@@ -62,10 +62,15 @@ class Sentences:
         self.calibration = text.sentence_batches(self.tokenizer, calibration)
         self.to_tune = chosen[:TUNE_SENTENCES]
         self.pairs = evaluate.read_pairs(data)
-        dense = models.load_dense(self.source)
-        self.dense = evaluate.embed(dense, self.tokenizer, self.pairs.sentences)
-        probed = evaluate.embed(dense, self.tokenizer, sst2.texts[-PROBE_SENTENCES:])
-        self.probe = evaluate.fit_probe(probed, sst2.labels[-PROBE_SENTENCES:])
+
+    @cached_property
+    def dense(self) -> torch.Tensor:
+        return evaluate.embed(models.load_dense(self.source), self.tokenizer, self.pairs.sentences)
+
+    @cached_property
+    def probe(self) -> torch.Tensor:
+        probed = evaluate.embed(models.load_dense(self.source), self.tokenizer, self.train.texts[-PROBE_SENTENCES:])
+        return evaluate.fit_probe(probed, self.train.labels[-PROBE_SENTENCES:])
 
     @cached_property
     def more(self) -> list[dict[str, torch.Tensor]]:

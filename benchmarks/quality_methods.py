@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import rivals
@@ -46,17 +46,29 @@ def from_weights(task: Task, quantise: Callable[[Tensor], Quantised]) -> Result:
         if entry.convertible:
             weight = replace.dense_weight(entry.module).float().contiguous()
             decoded, bits = quantise(weight)
-            _set_weight(entry.module, decoded)
+            set_weight(entry.module, decoded)
             weights, stored = weights + weight.numel(), stored + bits * weight.numel()
     return model, stored / weights, {}
 
 
 @torch.no_grad()
 def from_inputs(task: Task, quantise: Callable[[Tensor, Tensor], Quantised]) -> Result:
-    """quantise(W [m, n], X^T X [n, n] of what reaches the layer behind the compressed ones, as published for GPTQ and AQLM). The notes have
-    tr((W - Q) X^T X (W - Q)^T) over that of W, by layer."""
+    """quantise(W [m, n], X^T X [n, n]), as published for GPTQ and AQLM. The notes have `lost` of every layer."""
     model, weights, stored = models.load_dense(task.source), 0, 0.0
     lost: dict[str, float] = {}
+    for name, module, hessian in behind_the_prefix(task, model):
+        weight = replace.dense_weight(module).float().contiguous()
+        decoded, bits = quantise(weight, hessian)
+        set_weight(module, decoded)
+        weights, stored = weights + weight.numel(), stored + bits * weight.numel()
+        lost[name] = lost_under(weight, decoded, hessian)
+    return model, stored / weights, {"lost": lost}
+
+
+@torch.no_grad()
+def behind_the_prefix(task: Task, model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Each layer's name and module, in order of execution, with X^T X [n, n] of what reaches it behind the layers that the caller has
+    changed so far."""
     entries, visits = _walk(task, model)
     for visit in visits:
         for phase in visit.stretch.phases:
@@ -67,13 +79,13 @@ def from_inputs(task: Task, quantise: Callable[[Tensor, Tensor], Quantised]) -> 
                     z = z[call.mask] if call.mask is not None and z.shape[:-1] == call.mask.shape else z.flatten(0, -2)
                     hessian.addmm_(z.t(), z)
             for layer in phase:
-                module = entries[visit.stretch.full(layer)].module
-                weight = replace.dense_weight(module).float().contiguous()
-                decoded, bits = quantise(weight, hessian)
-                _set_weight(module, decoded)
-                weights, stored = weights + weight.numel(), stored + bits * weight.numel()
-                lost[visit.stretch.full(layer)] = _energy(weight - decoded, hessian) / _energy(weight, hessian)
-    return model, stored / weights, {"lost": lost}
+                name = visit.stretch.full(layer)
+                yield name, entries[name].module, hessian
+
+
+def lost_under(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) over tr(W H W^T): the relative squared error of the layer's outputs."""
+    return _energy(weight - decoded, hessian) / _energy(weight, hessian)
 
 
 def _energy(weight: Tensor, hessian: Tensor) -> float:
@@ -98,7 +110,7 @@ def gptq_with_our_moments(task: Task, bits: int) -> Result:
                     tries.append((held.loss(weight, decoded, problem.shift_of(decoded) if centred else None), damping))
                 problem = moments.problem_of(weight, fit.plus(held), min(tries)[1], centred)
                 decoded = rivals.gptq(problem.target, problem.factor, bits)
-                _set_weight(module, decoded)
+                set_weight(module, decoded)
                 shift = problem.shift_of(decoded)
                 if centred and held.loss(weight, decoded, shift) < held.loss(weight, decoded, None):
                     module.bias.data += shift
@@ -129,5 +141,5 @@ def _walk(task: Task, model: nn.Module) -> tuple[dict[str, replace.Found], Any]:
     return entries, walk.walk(model, walk.calls_of(task.calibration, CPU), list(entries))
 
 
-def _set_weight(module: nn.Module, weight: Tensor) -> None:
+def set_weight(module: nn.Module, weight: Tensor) -> None:
     module.weight.data = weight.t() if replace.is_conv1d(module) else weight
