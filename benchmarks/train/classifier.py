@@ -26,7 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
-from small_layers import BlockSparse, Quantised  # noqa: E402
+from small_layers import BlockSparse  # noqa: E402
 
 import rbe_torch  # noqa: E402
 

@@ -41,7 +41,7 @@ from rbe_torch.models import model_directory  # noqa: E402
 
 LAYOUTS = {"dense float32": None, "2 bits, rbe8x2_g8": "rbe8x2_g8", "1 bit, rbe8_g8": "rbe8_g8", "rbe22_g64": "rbe22_g64"}
 # (linear layers, everything else); for codes the first is that of a dense layer that moves as far, and a basis gets 50 times it
-RATES = {None: ((1e-4, 1e-4), (5e-5, 5e-5), (2e-5, 2e-5)), "rbe8": ((2e-5, 1e-4), (5e-6, 1e-4), (5e-5, 1e-4)), "rbe22": ((1e-4, 1e-4), (5e-5, 1e-4), (2e-4, 1e-4))}
+RATES = {None: ((1e-4, 1e-4), (5e-5, 5e-5), (2e-4, 2e-4)), "rbe8": ((5e-5, 1e-4), (5e-5, 2e-4), (1e-4, 2e-4)), "rbe22": ((1e-4, 1e-4), (2e-4, 1e-4), (2e-4, 2e-4))}
 CALIBRATION, BUCKET = 128, 8  # sentences; batches drawn at a time
 
 
