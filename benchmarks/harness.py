@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+
 def cache_bytes() -> int:
     """The largest cache of the first CPU; 64 MiB where the system does not say."""
     sizes = [64 << 20]
