@@ -81,11 +81,12 @@ def plot(rows: list[dict[str, object]], path) -> None:
     import matplotlib.pyplot as plt
 
     sizes = sorted({row["size"] for row in rows})
+    colours = {layout: f"C{i}" for i, layout in enumerate(dict.fromkeys(row["layout"] for row in rows))}
     figure, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 4), squeeze=False, sharey=True)
     for axis, size in zip(axes[0], sizes, strict=True):
         for key in sorted({(row["layout"], row["class"]) for row in rows if row["size"] == size}):
             line = sorted((row["tokens"], float(row["speed-up"])) for row in rows if row["size"] == size and (row["layout"], row["class"]) == key)
-            axis.plot(*zip(*line, strict=True), marker="o", label=" ".join(key), linestyle="-" if key[1] == "exact" else "--")
+            axis.plot(*zip(*line, strict=True), marker="o", label=" ".join(key), color=colours[key[0]], linestyle="-" if key[1] == "exact" else "--")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=size)
     axes[0][0].set_ylabel("times faster than dense float32")
