@@ -35,11 +35,7 @@ static void sum_rows(int64_t begin, int64_t end, void *context) {
         else
             kernels->few_rows(rows, groups * stages, w->packed + first * w->packed_stride + q, w->packed_stride, width, p, y);
     }
-    for (int64_t i = 0; p && y && i < rows; ++i) {
-        const float gain = ((const float *)w->gain)[first + i], bias = s->job->bias ? s->job->bias[first + i] : 0.0f;
-        for (int64_t t = 0; t < width; ++t) y[i * width + t] = y[i * width + t] * gain + bias;
-    }
-    if (p && y) rbe_store_tile(kernels, s->job->y, s->t0, s->tokens, first, rows, y, width);
+    if (p && y) rbe_finish_tile(s->job, s->t0, s->tokens, first, rows, y, width);
     rbe_scratch_end(mark);
 }
 

@@ -26,11 +26,7 @@ static void multiply_rows(int64_t begin, int64_t end, void *context) {
         const int64_t first = i * RBE_LANES, rows = rbe_min(RBE_LANES, w->rows - first);
         if (copy) rbe_interleave_tile(kernels, w->packed + first * w->packed_stride, w->packed_stride, rows, codes, copy);
         kernels->lookup_rows(w->layout.stages, w->cols, copy ? copy : w->interleaved + first * codes, w->basis, s->x, s->width, y);
-        for (int64_t r = 0; r < rows; ++r) {
-            const float gain = ((const float *)w->gain)[first + r], bias = s->job->bias ? s->job->bias[first + r] : 0.0f;
-            for (int64_t t = 0; t < s->width; ++t) y[r * s->width + t] = y[r * s->width + t] * gain + bias;
-        }
-        rbe_store_tile(kernels, s->job->y, s->t0, s->tokens, first, rows, y, s->width);
+        rbe_finish_tile(s->job, s->t0, s->tokens, first, rows, y, s->width);
     }
     rbe_scratch_end(mark);
 }

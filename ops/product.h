@@ -134,6 +134,8 @@ typedef struct rbe_job {
 // One tile of `width` tokens from t0 on; threads NULL: all on this thread. False: out of memory.
 typedef bool (*rbe_tile_body)(const void *pass, int64_t t0, const rbe_parallel *threads);
 rbe_status rbe_run_token_tiles(rbe_job *job, int64_t width, rbe_tile_body tile, const void *pass, rbe_error *err);  // token_tiles.c
+// y = gain sums + bias of a tile of weight rows from `first` on, whose sums [rows][width] it overwrites (token_tiles.c)
+void rbe_finish_tile(const rbe_job *job, int64_t t0, int64_t tokens, int64_t first, int64_t rows, float *sums, int64_t width);
 
 rbe_status rbe_linear_table(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_half(rbe_job *job, rbe_error *err);

@@ -26,3 +26,11 @@ rbe_status rbe_run_token_tiles(rbe_job *job, int64_t width, rbe_tile_body tile, 
     }
     return atomic_load(&job->failed) ? rbe_out_of_memory(err) : RBE_OK;
 }
+
+void rbe_finish_tile(const rbe_job *job, int64_t t0, int64_t tokens, int64_t first, int64_t rows, float *sums, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const float gain = ((const float *)job->w->gain)[first + r], bias = job->bias ? job->bias[first + r] : 0.0f;
+        for (int64_t t = 0; t < width; ++t) sums[r * width + t] = sums[r * width + t] * gain + bias;
+    }
+    rbe_store_tile(job->kernels, job->y, t0, tokens, first, rows, sums, width);
+}
