@@ -25,7 +25,8 @@ SLOPE_SINH = 2.22  # mean of sqrt(4 + s^2), s normal
 SLOPE_EXP = 3.60  # mean of 2 (1 + |s|)
 # Of a trained basis, times lr. Character GPT (d = 128, rbe22_g16, lr 1e-3, amplitudes 0.1, 800 steps): 2.124 with 50, 2.160 with 150.
 BASIS_RATE = 50.0
-_GROUPS = {"amplitude": "amplitude", "basis": "basis", "log_gain": "gain", "gain": "gain"}
+_GROUPS = {"amplitude": "amplitude", "basis": "basis", "log_gain": "gain", "gain": "gain",
+           "lowrank_left": "weight", "lowrank_right": "weight", "latent": "weight"}
 
 
 def amplitude_multiple(layout: str | Layout, in_features: int) -> float:
@@ -38,13 +39,13 @@ def amplitude_multiple(layout: str | Layout, in_features: int) -> float:
 
 
 def param_groups(model: nn.Module, lr: float = 1e-3, rest: float | None = None) -> list[dict[str, Any]]:
-    """Optimiser groups over the trainable parameters of `model`, each once: amplitudes, basis, gains and the rest.
+    """Optimiser groups over the trainable parameters of `model`, each once: amplitudes, basis, gains, weights and the rest.
 
     torch.optim.AdamW(rbe_torch.param_groups(model, lr=1e-3), betas=(0.9, 0.98)).
 
     lr: the rate that the converted layers would have if they were dense. Amplitudes get the rate that moves the outputs of their layer as
     far (this file's first lines): lr times 20 in a layer of 256 inputs at g = 9, 140 in one of 4096 at g = 64, one group for each such
-    multiple, all named "amplitude". A trained basis, whose entries are of size 1, gets 50 lr.
+    multiple, all named "amplitude". A trained basis, whose entries are of size 1, gets 50 lr. Low-rank factors (add_lowrank) and latent weights get lr.
     rest: the rate of gains (as their logarithm, so relative) and of everything that is not in codes: biases, norms, embeddings, heads. None: lr.
     Training from scratch, embeddings that start small want more than linear layers do: 8 lr in the character GPT of docs/training.md.
 
@@ -71,9 +72,11 @@ def param_groups(model: nn.Module, lr: float = 1e-3, rest: float | None = None) 
                 rate = lr * amplitude_multiple(module.layout, module.in_features)
             elif kind == "basis":
                 rate = lr * BASIS_RATE
+            elif kind == "weight":
+                rate = lr
             groups.setdefault((kind, rate), []).append(parameter)
     order = list(dict.fromkeys(_GROUPS.values())) + ["rest"]
     return [
-        {"name": kind, "params": parameters, "lr": rate, **({} if kind == "rest" else {"weight_decay": 0.0})}
+        {"name": kind, "params": parameters, "lr": rate, **({} if kind in ("weight", "rest") else {"weight_decay": 0.0})}
         for (kind, rate), parameters in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
     ]

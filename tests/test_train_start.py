@@ -136,8 +136,10 @@ def test_a_low_rank_term_trains_beside_frozen_codes_and_becomes_the_residual(lay
 
 def test_codes_and_the_low_rank_term_train_together() -> None:
     model = rbe_torch.prepare_training(rbe_torch.add_lowrank(compressed("rbe22_g8"), 2))
-    names = {group["name"] for group in rbe_torch.param_groups(model)}
-    assert names == {"amplitude", "basis", "gain", "rest"}
+    groups = rbe_torch.param_groups(model, lr=1e-3, rest=8e-3)
+    assert {group["name"] for group in groups} == {"amplitude", "basis", "gain", "weight"}
+    (factors,) = (group for group in groups if group["name"] == "weight")
+    assert factors["lr"] == 1e-3 and len(factors["params"]) == 4
     losses = fine_tune(model)
     assert losses[-1] < losses[0]
     rbe_torch.finish_training(model)

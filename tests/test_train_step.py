@@ -122,6 +122,18 @@ def test_contestants_have_the_bytes_they_say(gpt) -> None:
     assert small >= 8
 
 
+def test_the_table_takes_the_rate_with_most_seeds_and_no_run_is_repeated(gpt, tmp_path: Path) -> None:
+    rows = [{"name": "a", "lr": lr, "seed": seed, "loss": loss} for lr, seed, loss in ((1, 0, 3.0), (1, 1, 2.0), (2, 0, 2.5), (2, 1, 2.4), (3, 0, 0.1))]
+    best, tried = gpt.at_best_rate(rows, ("lr",), lambda row: row["loss"])
+    assert [row["lr"] for row in best] == [2, 2] and tried == 3 and gpt.spread(best, "loss") == {"loss": "2.450", "from": "2.400", "to": "2.500"}
+    (tmp_path / "runs.json").write_text('{"machine": {}, "rows": []}')
+    first, second = (gpt.Runs(tmp_path / "runs.json") for _ in range(2))
+    first.add(rows[0])
+    second.add(rows[1])  # another process, which had read the file before
+    again = gpt.Runs(tmp_path / "runs.json")
+    assert again.rows == rows[:2] and again.holds(lr=1, seed=1) and not again.holds(lr=2)
+
+
 def test_every_contestant_starts_alike(gpt) -> None:
     """A rival that starts with other activations than the rest loses for that reason."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))

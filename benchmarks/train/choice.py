@@ -15,10 +15,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
 from gpt import GPT, LAST, START, WARM_UP, Text, validation_loss  # noqa: E402
+from runs import Runs, cosine  # noqa: E402
 
 import rbe_torch  # noqa: E402
 from rbe_torch.codes import IDX_SHIFT  # noqa: E402
@@ -100,7 +98,7 @@ def train(method: str, text: Text, steps: int, seed: int) -> dict[str, object]:
     if choices:
         groups.append({"params": [choice.theta for choice in choices], "lr": METHODS[method]})
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / WARM_UP) * (LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))))
+    schedule = cosine(optimiser, steps, WARM_UP, LAST)
     batch = [text.batch(generator)]
     reindexer = None
     if method in ("exchange", "gradient"):
@@ -132,14 +130,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text, rows, machine = Text(options.data), [], asdict(harness.Machine.measure())
-    options.out.mkdir(parents=True, exist_ok=True)
+    text, runs = Text(options.data), Runs(options.out / "train_choice.json")
     for seed in range(options.seeds):
         for method in METHODS:
-            rows.append(train(method, text, options.steps, seed))
-            print(*rows[-1].values(), sep="  ", flush=True)
-            (options.out / "train_choice.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    table = [{"method": method, **{f"seed {row['seed']}": f"{row['loss']:.3f}" for row in rows if row["method"] == method}} for method in METHODS]
+            if not runs.holds(method=method, steps=options.steps, seed=seed):
+                runs.add(train(method, text, options.steps, seed))
+    mine = [row for row in runs.rows if row["steps"] == options.steps]
+    table = [{"method": method, **{f"seed {row['seed']}": f"{row['loss']:.3f}" for row in mine if row["method"] == method}} for method in METHODS]
     print(harness.table(table, list(table[0])))
 
 

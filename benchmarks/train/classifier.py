@@ -26,6 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
+from runs import Panel, at_best_rate, picture, spread  # noqa: E402
 from small_layers import BlockSparse  # noqa: E402
 
 import rbe_torch  # noqa: E402
@@ -128,34 +129,21 @@ def _split(x: Tensor, y: Tensor, train_rows: int) -> Split:
     return x[:train_rows], y[:train_rows], x[train_rows:], y[train_rows:]
 
 
+def badness(row: dict) -> float:
+    """Orders by accuracy, what is equally accurate by loss."""
+    return 1e-6 * row["test loss"] - row["accuracy"]
+
+
 def summary(rows: list[dict]) -> list[dict[str, object]]:
-    table, dense = [], None
-    for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        rate = next(row["lr"] for row in mine if row["seed"] > 0) if any(row["seed"] for row in mine) else mine[0]["lr"]
-        best = [row for row in mine if row["lr"] == rate]
+    table, dense = [], 0.0
+    for name in CONTESTANTS:
+        best, _ = at_best_rate([row for row in rows if row["name"] == name], ("lr",), badness)
         accuracy = sum(row["accuracy"] for row in best) / len(best)
         dense = dense or accuracy
-        table.append({"name": name, "kB": best[0]["kB"], "by codes": best[0]["by codes"], "ratio": best[0]["ratio"], "accuracy": f"{accuracy:.4f}",
-                      "from": min(row["accuracy"] for row in best), "to": max(row["accuracy"] for row in best), "kept": f"{accuracy / dense:.2%}",
-                      f"at least {KEPT:.1%}": "yes" if accuracy >= KEPT * dense else "no", "lr": rate, "seeds": len(best), "s/step": best[0]["s/step"],
-                      "peak MB": best[0]["peak MB"]})
+        first = {key: best[0][key] for key in ("kB", "by codes", "ratio", "lr", "s/step", "peak MB")}
+        table.append({"name": name, **spread(best, "accuracy"), "kept": f"{accuracy / dense:.2%}", f"at least {KEPT:.1%}": "yes" if accuracy >= KEPT * dense else "no",
+                      "seeds": len(best), **first})
     return table
-
-
-def picture(tables: dict[str, list[dict]], path: Path) -> None:
-    plt = harness.pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 4), squeeze=False)
-    for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
-        for row in table:
-            axis.plot(row["kB"], float(row["accuracy"]), "o" if str(row["name"]).startswith("RBE") else "s", color="C3" if str(row["name"]).startswith("RBE") else "C0")
-            axis.annotate(str(row["name"]), (row["kB"], float(row["accuracy"])), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        axis.axhline(KEPT * float(table[0]["accuracy"]), color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel="bytes of the hidden layers, kB", ylabel="test accuracy", title=title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -177,13 +165,14 @@ def main() -> None:
         rows = []
         for name, (_, _, rates) in CONTESTANTS.items():
             tried = [train(name, split, rate, 0, epochs) for rate in rates]
-            best = min(tried, key=lambda row: (-row["accuracy"], row["test loss"]))["lr"]
+            best = min(tried, key=badness)["lr"]
             rows += tried + [train(name, split, best, seed, epochs) for seed in range(1, options.seeds)]
             print(title, *rows[-1].values(), sep="  ", flush=True)
         results[title], tables[title] = rows, summary(rows)
         print(f"\n{title}\n" + harness.table(tables[title], list(tables[title][0])) + "\n", flush=True)
     (options.out / "train_classifier.json").write_text(json.dumps({"machine": asdict(harness.Machine.measure()), "rows": results}, indent=1) + "\n")
-    picture(tables, options.out / "train_classifier.png")
+    picture([Panel(title, table, "kB", "accuracy", "bytes of the hidden layers, kB", "test accuracy", line=KEPT * float(table[0]["accuracy"])) for title, table in tables.items()],
+            options.out / "train_classifier.png")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ A run that is in the JSON already is not repeated, so that a table can be made i
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
-from small_layers import BlockSparse, LittleBit, LowRank, Quantised, Simulated  # noqa: E402
+from runs import Panel, Runs, at_best_rate, cosine, picture, spread  # noqa: E402
+from small_layers import BlockSparse, CodesAndLowRank, LittleBit, LowRank, Quantised, Simulated  # noqa: E402
 
 import rbe_torch  # noqa: E402
 
@@ -76,40 +76,41 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Contestant:
-    """rates: learning rates of the blocks' linear weights to try, the best first after tuning; rest: that of everything else for each, the same if
-    empty. RBE's rates are those of a dense weight that moves as far (rbe_torch.param_groups)."""
+    """rates: learning rates of the blocks' linear weights to try, the best first after tuning; rest: that of everything else for each. RBE's rates are those of a dense weight that moves as far (rbe_torch.param_groups)."""
 
     name: str
     kind: str
     options: tuple[tuple[str, object], ...]
     rates: tuple[float, ...]
-    rest: tuple[float, ...] = ()
+    rest: tuple[float, ...]
     d: int = 256
     hidden: int | None = None
     start: float = START
 
 
-def contestant(name: str, kind: str, rates: tuple[float, ...], rest: tuple[float, ...] = (), d: int = 256, hidden: int | None = None,
+def contestant(name: str, kind: str, rates: tuple[float, ...], rest: tuple[float, ...], d: int = 256, hidden: int | None = None,
                start: float = START, **options) -> Contestant:
     return Contestant(name, kind, tuple(sorted(options.items())), rates, rest, d, hidden, start)
 
 
 CONTESTANTS = [
     contestant("RBE rbe4r_g9, seeded basis", "rbe", (1.7e-3, 1.2e-3, 2.4e-3, 8.5e-4), (1e-2, 1e-2, 1e-2, 1e-2), layout="rbe4r_g9", basis="seeded"),
-    contestant("block sparse int4", "sparse", (1.7e-2, 1.2e-2, 2.4e-2, 8.5e-3), (1.2e-2, 1.2e-2, 1.2e-2, 1.2e-2), bits=4, kept=0.115),
+    contestant("block sparse int4", "sparse", (1.2e-2, 1.7e-2, 2.4e-2, 8.5e-3), (1.2e-2, 1.2e-2, 1.2e-2, 1.2e-2), bits=4, kept=0.115),
     contestant("block sparse int8", "sparse", (1.2e-2, 6e-3, 2.4e-2), (1.2e-2, 1.2e-2, 1.2e-2), bits=8, kept=0.0575),
-    contestant("smaller dense int4", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=88, hidden=384, start=1.0, bits=4),
-    contestant("smaller dense int8", "dense", (4e-3, 8e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=64, start=1.0, bits=8),
+    contestant("smaller dense int4", "dense", (2e-3, 4e-3, 8e-3), (1e-2, 1e-2, 1e-2), d=88, hidden=384, start=1.0, bits=4),
+    contestant("smaller dense int8", "dense", (8e-3, 4e-3, 2e-3), (1e-2, 1e-2, 1e-2), d=64, start=1.0, bits=8),
     contestant("low rank int4", "lowrank", (1e-3, 2e-3, 4e-3, 1e-3), (1e-2, 1e-2, 1e-2, 3e-3), bits=4, rank=22),
-    contestant("low rank int8", "lowrank", (1e-3, 2e-3, 4e-3, 1e-3), (1e-2, 1e-2, 1e-2, 3e-3), bits=8, rank=11),
+    contestant("low rank int8", "lowrank", (2e-3, 1e-3, 4e-3, 1e-3), (1e-2, 1e-2, 1e-2, 3e-3), bits=8, rank=11),
     contestant("LittleBit", "littlebit", (1e-2, 3e-2, 3e-3), (1e-2, 1e-2, 1e-2), rank=80),
     contestant("RBE rbe9r_g18, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe9r_g18", basis="seeded"),
     contestant("RBE rbe22_g64", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe22_g64", basis="trained"),
     contestant("RBE rbe4r_g3, seeded basis", "rbe", (1.2e-3, 2e-3, 6e-4), (1e-2, 1e-2, 1e-2), layout="rbe4r_g3", basis="seeded"),
     *(contestant(f"simulated {bits} bits, g = {group}", "simulated", (1.7e-3,), (1e-2,), bits=bits, group=group) for bits, group in ((3, 7), (4, 9), (5, 11), (6, 14))),
-    contestant("whole dense int8", "dense", (2e-3, 2e-3, 4e-3), (2e-3, 1e-2, 4e-3), start=1.0, bits=8),
+    *(contestant(f"simulated 4 bits, g = {group}, low rank {rank} int{bits}", "residual", (1.7e-3, 1.2e-3, 2.4e-3), (1e-2, 1e-2, 1e-2), bits=4, group=group, rank=rank, factor_bits=bits)
+      for group, rank, bits in ((10, 3, 4), (11, 2, 8), (14, 8, 4))),
+    contestant("whole dense int8", "dense", (2e-3, 2e-3, 4e-3), (1e-2, 2e-3, 4e-3), start=1.0, bits=8),
 ]
-MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit, "simulated": Simulated}
+MADE: dict[str, Callable[..., nn.Module]] = {"dense": Quantised, "sparse": BlockSparse, "lowrank": LowRank, "littlebit": LittleBit, "simulated": Simulated, "residual": CodesAndLowRank}
 
 
 def build(c: Contestant, characters: int, seed: int) -> tuple[GPT, float]:
@@ -131,17 +132,19 @@ def build(c: Contestant, characters: int, seed: int) -> tuple[GPT, float]:
 
 
 def groups_of(model: nn.Module, c: Contestant, which: int) -> list[dict]:
-    rate = c.rates[which]
-    rest = c.rest[which] if c.rest else rate
+    rate, rest = c.rates[which], c.rest[which]
     if c.kind == "rbe":
         return [{**group, "weight_decay": 0.0} for group in rbe_torch.param_groups(model, lr=rate, rest=rest)]
-    if c.kind == "simulated":
-        layers = [layer for layer in model.modules() if isinstance(layer, Simulated)]
-        inside = {id(layer.amplitude) for layer in layers}
-        return [*({"params": [layer.amplitude], "lr": rate * layer.rate, "weight_decay": 0.0} for layer in layers),
-                {"params": [p for p in model.parameters() if id(p) not in inside], "lr": rest, "weight_decay": 0.0}]
-    linear = {id(p) for layer in model.modules() if isinstance(layer, (Quantised, LittleBit)) for name, p in layer.named_parameters(recurse=False) if name in ("weight", "u", "v")}
-    return [{"params": [p for p in model.parameters() if (id(p) in linear) == inside], "lr": lr, "weight_decay": 0.0} for inside, lr in ((True, rate), (False, rest))]
+    rates: dict[int, float] = {}
+    for layer in model.modules():
+        if isinstance(layer, Simulated):
+            rates[id(layer.amplitude)] = rate * layer.rate
+        elif isinstance(layer, (Quantised, LittleBit)):
+            rates |= {id(p): rate for name, p in layer.named_parameters(recurse=False) if name in ("weight", "u", "v")}
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        by_rate.setdefault(rates.get(id(p), rest), []).append(p)
+    return [{"params": parameters, "lr": lr, "weight_decay": 0.0} for lr, parameters in by_rate.items()]
 
 
 class Text:
@@ -181,9 +184,7 @@ def train(c: Contestant, which: int, text: Text, steps: int, seed: int) -> dict[
     model, size = build(c, text.characters, seed)
     values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimiser = torch.optim.AdamW(groups_of(model, c, which), betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / WARM_UP) * (LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-    )
+    schedule = cosine(optimiser, steps, WARM_UP, LAST)
     watch = rbe_torch.TrainingWatch(model, interval=100)
     generator, clock = torch.Generator().manual_seed(1000 + seed), time.thread_time
     began = clock()
@@ -202,7 +203,7 @@ def train(c: Contestant, which: int, text: Text, steps: int, seed: int) -> dict[
         rbe_torch.finish_training(model)  # what is evaluated is what would be saved
     state = sum(value.numel() * value.element_size() for entry in optimiser.state.values() for value in entry.values() if isinstance(value, Tensor))
     return {
-        "name": c.name, "kB": round(size / 1e3, 1), "steps": steps, "lr": c.rates[which], "rest": c.rest[which] if c.rest else c.rates[which],
+        "name": c.name, "kB": round(size / 1e3, 1), "steps": steps, "lr": c.rates[which], "rest": c.rest[which],
         "start": c.start, "seed": seed, "loss": round(validation_loss(model, text), 4), "s/step": round(seconds, 4),
         "trained values": values, "optimiser MB": round(state / 1e6, 2),
         "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -210,36 +211,15 @@ def train(c: Contestant, which: int, text: Text, steps: int, seed: int) -> dict[
 
 
 def summary(rows: list[dict], steps: int) -> list[dict[str, object]]:
-    """One row a contestant: its rate of lowest mean loss, mean and spread over the seeds of that rate."""
+    """One row a contestant."""
     table = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        by_rate: dict[tuple, list[dict]] = {}
-        for row in rows:
-            if row["name"] == name and row["steps"] == steps:
-                by_rate.setdefault((row["lr"], row["rest"], row.get("start", 1.0)), []).append(row)
-        if by_rate:
-            many = max(len(group) for group in by_rate.values())
-            best = min((group for group in by_rate.values() if len(group) == many), key=lambda group: sum(row["loss"] for row in group) / len(group))
-            losses = [row["loss"] for row in best]
-            table.append({"name": name, "kB": best[0]["kB"], "loss": f"{sum(losses) / len(losses):.3f}", "from": f"{min(losses):.3f}",
-                          "to": f"{max(losses):.3f}", "seeds": len(losses), "rates tried": len(by_rate), "lr": best[0]["lr"], "rest": best[0]["rest"], "start": best[0].get("start", 1.0),
-                          "s/step": best[0]["s/step"], "optimiser MB": best[0]["optimiser MB"]})
+    for name in (c.name for c in CONTESTANTS):
+        mine = [row for row in rows if row["name"] == name and row["steps"] == steps]
+        if mine:
+            best, tried = at_best_rate(mine, ("lr", "rest", "start"), lambda row: row["loss"])
+            first = {key: best[0][key] for key in ("kB", "lr", "rest", "start", "s/step", "optimiser MB")}
+            table.append({"name": name, **spread(best, "loss"), "seeds": len(best), "rates tried": tried, **first})
     return sorted(table, key=lambda row: (row["kB"] > 150, row["loss"]))
-
-
-def picture(table: list[dict], steps: int, path: Path) -> None:
-    plt = harness.pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for row in table:
-        ours = str(row["name"]).startswith("RBE")
-        low, high = (float(row[key]) for key in ("from", "to"))
-        axes.errorbar(row["kB"], float(row["loss"]), [[float(row["loss"]) - low], [high - float(row["loss"])]], fmt="o" if ours else "s", color="C3" if ours else "C0", capsize=3)
-        axes.annotate(str(row["name"]), (row["kB"], float(row["loss"])), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="bytes of the linear weights, kB", ylabel="validation loss, nats a character", title=f"character GPT, {steps} steps")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -255,24 +235,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     text = Text(options.data)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "train_gpt.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    rows = saved["rows"]
+    runs = Runs(options.out / "train_gpt.json")
+    for row in runs.rows:
+        row.setdefault("start", 1.0)  # before there was another
     chosen = [c for c in CONTESTANTS if any(part in c.name for part in options.only.split("|"))]
     for seed in range(1 if options.tune else options.seeds):
         for c in chosen:
             for which in range(len(c.rates)) if options.tune else [options.rate]:
-                key = {"name": c.name, "steps": options.steps, "lr": c.rates[which], "rest": c.rest[which] if c.rest else c.rates[which], "start": c.start, "seed": seed}
-                if any(all(row.get(k, 1.0) == v for k, v in key.items()) for row in rows):
-                    continue
-                row = train(c, which, text, options.steps, seed)
-                print(*row.values(), sep="  ", flush=True)
-                rows = (json.loads(path.read_text())["rows"] if path.is_file() else rows) + [row]
-                path.write_text(json.dumps({"machine": saved.get("machine") or asdict(harness.Machine.measure()), "rows": rows}, indent=1) + "\n")
-    table = summary(rows, options.steps)
+                if not runs.holds(name=c.name, steps=options.steps, lr=c.rates[which], rest=c.rest[which], start=c.start, seed=seed):
+                    runs.add(train(c, which, text, options.steps, seed))
+    table = summary(runs.rows, options.steps)
     print(harness.table(table, list(table[0])))
-    picture(table, options.steps, options.out / "train_gpt.png")
+    panel = Panel(f"character GPT, {options.steps} steps", table, "kB", "loss", "bytes of the linear weights, kB", "validation loss, nats a character")
+    picture([panel], options.out / "train_gpt.png")
 
 
 if __name__ == "__main__":

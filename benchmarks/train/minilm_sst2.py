@@ -15,15 +15,12 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
-import math
 import multiprocessing
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,6 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: E402
+from runs import Panel, Runs, at_best_rate, cosine, picture, spread  # noqa: E402
 
 import rbe_torch  # noqa: E402
 from rbe_torch.models import model_directory  # noqa: E402
@@ -42,7 +40,7 @@ from rbe_torch.models import model_directory  # noqa: E402
 LAYOUTS = {"dense float32": None, "2 bits, rbe8x2_g8": "rbe8x2_g8", "1 bit, rbe8_g8": "rbe8_g8", "rbe22_g64": "rbe22_g64"}
 # (linear layers, everything else); for codes the first is that of a dense layer that moves as far, and a basis gets 50 times it
 RATES = {None: ((1e-4, 1e-4), (5e-5, 5e-5), (2e-4, 2e-4)), "rbe8": ((5e-5, 1e-4), (5e-5, 2e-4), (1e-4, 2e-4)), "rbe22": ((1e-4, 1e-4), (2e-4, 1e-4), (2e-4, 2e-4))}
-CALIBRATION, BUCKET = 128, 8  # sentences; batches drawn at a time
+CALIBRATION, BUCKET, WARM_UP = 128, 8, 10  # sentences; batches drawn at a time; steps
 
 
 class Classifier(nn.Module):
@@ -73,10 +71,6 @@ def load(directory: Path) -> nn.Module:
     import transformers
 
     return transformers.AutoModel.from_pretrained(directory, attn_implementation="sdpa")
-
-
-def schedule_of(optimiser: torch.optim.Optimizer, steps: int):
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
 def groups_of(model: nn.Module, layout: str | None, rates: tuple[float, float]) -> list:
@@ -119,7 +113,7 @@ def fine_tune(name: str, layout: str | None, directory: Path, train: Sentences, 
     phases = [("distil", options.distil)] if teacher is not None else []
     for phase, steps in [*phases, ("labels", options.steps)]:
         optimiser = torch.optim.AdamW(groups_of(encoder if phase == "distil" else model, layout, rates), lr=rates[1], weight_decay=0.0, fused=True)
-        schedule, watch = schedule_of(optimiser, steps), rbe_torch.TrainingWatch(model, interval=20)
+        schedule, watch = cosine(optimiser, steps, WARM_UP), rbe_torch.TrainingWatch(model, interval=20)
         model.train(phase == "labels")
         for batch, labels in itertools.islice(drawn, steps):
             began = time.thread_time()
@@ -159,35 +153,16 @@ def best_rates(rows: list[dict], name: str, rates: tuple, options: argparse.Name
 
 
 def summary(rows: list[dict], options: argparse.Namespace) -> list[dict[str, object]]:
-    """One row a contestant: mean and spread over the seeds of the rate that has most of them, the one of least loss among those."""
+    """One row a contestant."""
     table = []
     for name in LAYOUTS:
-        by_rate: dict[tuple, list[dict]] = {}
-        for row in rows:
-            if of_these_steps(row, name, options):
-                by_rate.setdefault((row["lr"], row["rest"]), []).append(row)
-        if by_rate:
-            best = max(by_rate.values(), key=lambda group: (len(group), -min(row["loss"] for row in group)))
-            mean, hits = {key: sum(row[key] for row in best) / len(best) for key in ("accuracy", "loss")}, [row["accuracy"] for row in best]
-            table.append({"name": name, "MB": best[0]["MB"], "accuracy": f"{mean['accuracy']:.3f}", "from": f"{min(hits):.3f}", "to": f"{max(hits):.3f}", "loss": f"{mean['loss']:.3f}",
-                          "seeds": len(best), "lr": best[0]["lr"], "rest": best[0]["rest"], "rates tried": len(by_rate), "s/step": min(row["s/step"] for row in best),
-                          "trained values": best[0]["trained values"], "peak MB": max(row["peak MB"] for row in best)})
+        mine = [row for row in rows if of_these_steps(row, name, options)]
+        if mine:
+            best, tried = at_best_rate(mine, ("lr", "rest"), lambda row: row["loss"])
+            table.append({"name": name, "MB": best[0]["MB"], **spread(best, "accuracy"), "loss": spread(best, "loss")["loss"], "seeds": len(best), "lr": best[0]["lr"],
+                          "rest": best[0]["rest"], "rates tried": tried, "s/step": min(row["s/step"] for row in best), "trained values": best[0]["trained values"],
+                          "peak MB": max(row["peak MB"] for row in best)})
     return table
-
-
-def picture(table: list[dict], options: argparse.Namespace) -> None:
-    plt = harness.pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, key in zip(axes, ("accuracy", "loss"), strict=True):
-        for row in table:
-            dense = row["name"].startswith("dense")
-            axis.plot(row["MB"], float(row[key]), "s" if dense else "o", color="C0" if dense else "C3")
-            axis.annotate(row["name"], (row["MB"], float(row[key])), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axis.set(xscale="log", xlabel="bytes of the encoder's linear layers, MB", ylabel=f"{key} on SST-2 dev", title=f"MiniLM, {options.steps} steps with labels")
-    figure.tight_layout()
-    figure.savefig(options.out / "train_minilm_sst2.png", dpi=120)
 
 
 def main() -> None:
@@ -209,24 +184,18 @@ def main() -> None:
     directory = model_directory("minilm")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     train, dev = (Sentences(options.data / "sst2" / f"{part}.tsv", tokenizer, options.length) for part in ("train", "dev"))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "train_minilm_sst2.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {"machine": asdict(harness.Machine.measure()), "rows": []}
-    rows = saved["rows"]
+    runs = Runs(options.out / "train_minilm_sst2.json")
     for seed in range(1 if options.tune else options.seeds):
         for name, layout in LAYOUTS.items():
             rates_of = RATES[layout and layout.split("x")[0].split("_")[0]]
-            for rates in (rates_of if options.tune else (best_rates(rows, name, rates_of, options),)) if options.only in name else ():
-                key = {"name": name, "lr": rates[0], "rest": rates[1], "seed": seed, "steps": options.steps, "distil": options.distil if layout else 0}
-                if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
-                    continue
-                with multiprocessing.get_context("fork").Pool(1) as pool:
-                    rows.append(pool.apply(fine_tune, (name, layout, directory, train, dev, rates, seed, options)))
-                path.write_text(json.dumps(saved, indent=1) + "\n")
-                print(*rows[-1].values(), sep="  ", flush=True)
-    table = summary(rows, options)
+            for rates in (rates_of if options.tune else (best_rates(runs.rows, name, rates_of, options),)) if options.only in name else ():
+                if not runs.holds(name=name, lr=rates[0], rest=rates[1], seed=seed, steps=options.steps, distil=options.distil if layout else 0):
+                    with multiprocessing.get_context("fork").Pool(1) as pool:
+                        runs.add(pool.apply(fine_tune, (name, layout, directory, train, dev, rates, seed, options)))
+    table = summary(runs.rows, options)
     print(harness.table(table, list(table[0])))
-    picture(table, options)
+    picture([Panel(f"MiniLM, {options.steps} steps with labels", table, "MB", key, "bytes of the encoder's linear layers, MB", f"{key} on SST-2 dev", ranges=key == "accuracy")
+             for key in ("accuracy", "loss")], options.out / "train_minilm_sst2.png")
 
 
 if __name__ == "__main__":

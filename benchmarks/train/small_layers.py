@@ -5,6 +5,7 @@
     BlockSparse   8 x 8 blocks kept by a seeded random mask (which costs nothing), Quantised
     LittleBit     W = diag(h) sign(U) diag(l) sign(V)^T diag(g)                                        arXiv 2506.13771
     Simulated     RBE's own W, dense, with any number of bits a code: what a layout would bring that is not built
+    CodesAndLowRank    Simulated + U V, U and V Quantised: a residual path
 
 `layer.bytes` counts weights and fp16 scales; biases are the same everywhere and not counted. Latent weights and scales are float32 while they train.
 """
@@ -160,3 +161,23 @@ class Simulated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(), self.bias)
+
+
+class CodesAndLowRank(Simulated):
+    """W of Simulated + U V with a scale a column of U and a row of V; U starts at 0, as rbe_torch.add_lowrank has it."""
+
+    def __init__(self, n: int, m: int, bits: int, group: int, rank: int, factor_bits: int) -> None:
+        super().__init__(n, m, bits, group)
+        u, v = factors(n, m, rank)
+        self.left, self.right = (Quantised(part.shape[0], rank, factor_bits, bias=False, start=part.t()) for part in (u, v))
+        self.left.weight.data.zero_()
+        self.bytes += self.left.bytes + self.right.bytes
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        super().shrink(factor)
+        self.left.shrink(math.sqrt(factor))
+        self.right.shrink(math.sqrt(factor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.right.quantised()), self.left.quantised().t())

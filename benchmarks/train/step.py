@@ -1,6 +1,6 @@
-"""One whole training step of a 4096 x 4096 layer at 512 tokens: forward, backward and AdamW, against nn.Linear with the same optimiser, float32.
+"""One whole training step of a 4096 x 4096 layer at 512 tokens: forward, backward and AdamW, against nn.Linear with the same optimiser.
 
-The two take turns in one process. Also: bytes of parameters, gradients and optimiser state, counted from the tensors; activations that autograd keeps; and what
+Both in float32 (the exact class of products), and both under bfloat16 autocast (the fast class). The two take turns in one process. Also: bytes of parameters, gradients and optimiser state, counted from the tensors; activations that autograd keeps; and what
 the step adds to the process's peak memory.
 
     python benchmarks/train/step.py [--threads 1] [--out out]
@@ -32,7 +32,9 @@ def optimiser_of(layer: nn.Module) -> torch.optim.Optimizer:
 
 def step(layer: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, dy: Tensor) -> None:
     optimiser.zero_grad()
-    layer(x).backward(dy)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dy.dtype == torch.bfloat16):
+        y = layer(x)
+    y.backward(dy)
     optimiser.step()
 
 
@@ -57,17 +59,17 @@ def kept_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def run_case(text: str, basis: str, machine: harness.Machine, seconds: float) -> dict[str, object]:
+def run_case(text: str, basis: str, dtype: torch.dtype, machine: harness.Machine, seconds: float) -> dict[str, object]:
     dense = nn.Linear(SIZE, SIZE)
     model = nn.Sequential(nn.Linear(SIZE, SIZE))
     rbe_torch.convert(model, text, basis=basis)
     layers = {"dense": dense, "rbe": model[0]}
     optimisers = {name: optimiser_of(layer) for name, layer in layers.items()}
-    x, dy = torch.randn(TOKENS, SIZE, requires_grad=True), torch.randn(TOKENS, SIZE) / TOKENS
+    x, dy = torch.randn(TOKENS, SIZE, requires_grad=True), (torch.randn(TOKENS, SIZE) / TOKENS).to(dtype)
     timings = harness.race({name: [functools.partial(step, layers[name], optimisers[name], x, dy)] for name in layers}, seconds)
     size = {name: state_bytes(layers[name], optimisers[name]) for name in layers}
     return {
-        "layout": text, "basis": basis, "dense ms": f"{timings['dense'].minimum * 1e3:.1f}", "rbe ms": f"{timings['rbe'].minimum * 1e3:.1f}",
+        "layout": text, "basis": basis, "dtype": str(dtype).removeprefix("torch."), "dense ms": f"{timings['dense'].minimum * 1e3:.1f}", "rbe ms": f"{timings['rbe'].minimum * 1e3:.1f}",
         "speed-up": f"{timings['dense'].minimum / timings['rbe'].minimum:.2f}", "by median": f"{timings['dense'].median / timings['rbe'].median:.2f}",
         "dense state MB": f"{size['dense'] / 1e6:.1f}", "rbe state MB": f"{size['rbe'] / 1e6:.2f}", "state": f"1/{size['dense'] / size['rbe']:.1f}",
         "activations MB, dense": f"{kept_bytes(dense, x) / 1e6:.1f}", "activations MB, rbe": f"{kept_bytes(model[0], x) / 1e6:.1f}",
@@ -76,8 +78,9 @@ def run_case(text: str, basis: str, machine: harness.Machine, seconds: float) ->
 
 def main() -> None:
     arguments = harness.parser(__doc__.splitlines()[0]).parse_args()
-    cases = {f"{text} {basis}": functools.partial(run_case, text, basis, seconds=max(arguments.seconds, 10.0))
-             for text in LAYOUTS for basis in (("trained", "seeded") if text == "rbe22_g64" else ("seeded" if text.partition("_")[0].endswith("r") else "trained",))}
+    bases = {text: ("trained", "seeded") if text == "rbe22_g64" else ("seeded" if rbe_torch.Layout.parse(text).seeded else "trained",) for text in LAYOUTS}
+    cases = {f"{text} {basis} {dtype}": functools.partial(run_case, text, basis, dtype, seconds=max(arguments.seconds, 10.0))
+             for dtype in (torch.float32, torch.bfloat16) for text in LAYOUTS for basis in bases[text]}
     harness.run_cases(arguments, "train_step", cases)
 
 
