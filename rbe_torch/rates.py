@@ -8,7 +8,7 @@ row, K M codes of a row, group size g and slope = d scale / d amplitude, one ste
 
 so the two move alike at rate = lr n / (slope sqrt(K M)), which is lr sqrt(n g) / slope for one stage. slope is its mean over the scales that
 codes start with (normal, second moment 1): sqrt(4 + s^2) on the curve 2 sinh(u) of rbe4r and rbe2r, 2 (1 + |s|) on exp(2 u) - 1. The bits
-of an amplitude do not come in: the cosine's small last rates settle it in a cell. Character GPT, d = 256: docs/training.md, "Learning rates".
+of an amplitude do not come in: the cosine's small last rates settle it in a cell. Character GPT, d = 256: docs/training-experiments.md, "Learning rates".
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def param_groups(model: nn.Module, lr: float = 1e-3, rest: float | None = None) 
     far (this file's first lines): lr times 20 in a layer of 256 inputs at g = 9, 140 in one of 4096 at g = 64, one group for each such
     multiple, all named "amplitude". A trained basis, whose entries are of size 1, gets 50 lr. Low-rank factors (add_lowrank) and latent weights get lr.
     rest: the rate of gains (as their logarithm, so relative) and of everything that is not in codes: biases, norms, embeddings, heads. None: lr.
-    Training from scratch, embeddings that start small want more than linear layers do: 8 lr in the character GPT of docs/training.md.
+    Training from scratch, embeddings that start small want more than linear layers do: 8 lr in the character GPT of docs/training-experiments.md.
 
     No weight decay on amplitudes, basis and gains: it would pull amplitudes to 0, where a code is lost, and on gain and basis it acts on
     the same product twice.

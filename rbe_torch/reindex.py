@@ -7,7 +7,7 @@ k] . basis[s, j]), is computed from batches that hooks caught: [moved, 256] numb
 
 method "exchange" (default): a moved code gets, at once, the vector, sign and size that the gradient says lowers the loss most, and each
 layer's exchange is kept only if the loss of `closure` really falls; method "gradient" (RigL's rule, arXiv 1911.11134): it gets the vector
-of largest gradient at amplitude 0. docs/training.md has what each brought.
+of largest gradient at amplitude 0. docs/training-experiments.md has what each brought.
 """
 
 from __future__ import annotations

@@ -164,10 +164,10 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
     of activations through depth (rbe_torch/initial.py). Biases are kept. include, exclude: see find_linears. Returns the report.
 
     init_scale: weights start at so many times that size (standard deviation), 0.01 to 1, amplitudes being made smaller and gains kept. Where layers add to
-    a residual stream, as in transformers, 0.4 with nonlinearity="linear" trains better than 1 (docs/training.md, "A small start").
+    a residual stream, as in transformers, 0.4 with nonlinearity="linear" trains better than 1 (docs/training-experiments.md, "A small start").
 
     basis: "trained", "frozen" (a random table that stays what it is, and is stored) or "seeded" (one of signs that a seed gives: it stays what it is and
-    only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training.md.
+    only the seed is stored, rbe_torch/seeded.py). In a small model the table is a large part of the bytes, and training it gains little; see docs/training-experiments.md.
     """
     from .arguments import seed_value
     from .drawing import random_basis
@@ -212,6 +212,8 @@ def convert(model: nn.Module, layout: str | Layout = "rbe22_g64", seed: int = 0,
             scale_weights(new, init_scale)
         replace(entry, new)
         report.add_converted(entry.name, new, type(entry.module).__name__)
+    if basis != "trained" and not layout.has_amplitude:
+        report.notes.append(f"basis: is {basis!r}, and codes of {layout} have no amplitude: of the layers gains and biases alone are trained; take basis='trained' or rbe4r, rbe9r, rbe22")
     report.other_bytes = stored_bytes(model)
     guard_loading(model)
     note_for_transformers(model, True)

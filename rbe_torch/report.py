@@ -182,7 +182,7 @@ class Report:
         lines.append(self.summary())
         if self.other_bytes:
             lines.append(f"everything else the model stores: {self.other_bytes / 1e6:.2f} MB")
-        if len(self.converted) > 1:
+        if len(self.converted) > 1 and self.relative_error is not None:
             lines.append("lose most: " + ", ".join(f"{row.name} ({_number(row.output_error if calibrated else row.relative_error, '.4f')})" for row in self.worst()))
         if self.tuning is not None:
             lines.append(f"fine-tuning: {self.tuning['steps']} steps, {self.tuning['seconds']:.0f} s, loss on batches not trained on {self.tuning['before']:.5f} -> "

@@ -3,7 +3,7 @@
     basis[s, j, e] = -1 if idx number (s*256 + j)*g + e of the seed is 128 or more, else +1             (docs/format.md, "Seeded basis")
 
 "idx number c" is FORMAT's hash of seeded idx. Signs are exact in every float type and on every machine, which a normal draw is not. Every
-vector has mean square 1, as random_basis has on average. In the character GPT of docs/training.md signs, normal, orthogonal and one-hot
+vector has mean square 1, as random_basis has on average. In the character GPT of docs/training-experiments.md signs, normal, orthogonal and one-hot
 tables trained alike.
 """
 

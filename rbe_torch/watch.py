@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_EARLY = 10  # times `rise` above the first loss, and by more than 1: that is far off before there is a usual loss
 # Layers whose amplitudes want at least so many times a dense weight's rate (rbe_torch/rates.py) are looked at.
 LARGE_MULTIPLE = 2.0
 _USUAL = 50  # losses that say what is usual
@@ -37,11 +38,13 @@ class TrainingWatch:
 
     Call `step(loss)` after loss.backward() and before optimiser.step(). Raises TrainingDiverged where the loss, a gradient or a parameter
     of the model is not finite (a parameter before a gradient, then the first in the model's order), or where the loss is above `rise` times
-    the median of the 50 usual losses before, `patience` steps in a row. interval: gradients and parameters are looked at every so many
-    steps; a loss that is not finite makes it look at once. Looking costs one reduction a tensor, and on a GPU one synchronisation.
+    the median of the 50 usual losses before (of the first 20: above 10 times `rise` of the first), `patience` steps in a row. interval: gradients and
+    parameters are looked at every so many steps; a loss that is not finite makes it look at once. Looking costs one reduction a tensor, and on a GPU one
+    synchronisation. With an interval above 1 a gradient may spoil the parameters before it is looked at. With sharded parameters all processes call step together,
+    with interval 1 or a loss that is the same in all of them.
     """
 
-    def __init__(self, model: nn.Module, interval: int = 10, rise: float = 2.0, patience: int = 20) -> None:
+    def __init__(self, model: nn.Module, interval: int = 1, rise: float = 2.0, patience: int = 20) -> None:
         for name, value in (("interval", interval), ("patience", patience)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: is {value!r}, must be an int of at least 1")
@@ -57,9 +60,8 @@ class TrainingWatch:
         value = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
         broken = value is not None and not math.isfinite(value)
         if broken or self.count % self.interval == 0:
-            found = first_not_finite(self.model)
-            if found:
-                layer, what = found
+            if not all_finite(self.model):
+                layer, what = first_not_finite(self.model)
                 cause = f"; the loss is {value}" if broken else ""
                 raise TrainingDiverged(f"step {self.count}: {what} of layer {layer!r} is not finite{cause}", self.count, layer)
         if broken:
@@ -69,14 +71,15 @@ class TrainingWatch:
             self._compare(value)
 
     def _compare(self, value: float) -> None:
-        if len(self._losses) >= _FIRST:
-            usual = sorted(self._losses)[len(self._losses) // 2]
-            if value > usual + (self.rise - 1) * abs(usual):
+        if self._losses:
+            early = len(self._losses) < _FIRST
+            usual, rise = (self._losses[0], _EARLY * self.rise) if early else (sorted(self._losses)[len(self._losses) // 2], self.rise)
+            if value > usual + (rise - 1) * abs(usual) + early:
                 self._above += 1
                 if self._above >= self.patience:
                     layer = largest_gradient(self.model)
                     raise TrainingDiverged(
-                        f"step {self.count}: the loss is {value:.4g} and has been more than {self.rise:g} times its usual {usual:.4g} for "
+                        f"step {self.count}: the loss is {value:.4g} and has been more than {rise:g} times its usual {usual:.4g} for "
                         f"{self._above} steps; the largest gradient for its parameters' size is in layer {layer!r}. Lower its learning rate",
                         self.count, layer,
                     )  # fmt: skip
@@ -85,16 +88,42 @@ class TrainingWatch:
         self._losses.append(value)
 
 
-def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
-    """(module, tensor) of the first parameter in the model's order with a value that is not finite, else of the first gradient; None
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter and gradient is, with sharded ones in all processes: one pass over each, one wait for the device, at most one message."""
+    found, sharded = [], False
+    for parameter in model.parameters():
+        for tensor in (parameter.detach(), parameter.grad):
+            if _watched(tensor):
+                sharded |= hasattr(tensor, "to_local")
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                local = local.coalesce().values() if local.is_sparse else local
+                found.append(torch.isfinite(torch.linalg.vector_norm(local, math.inf) if local.numel() else local.sum()))
+    if not found:
+        return True
+    good = torch.stack([one.to(found[0].device) for one in found]).all()
+    if sharded:  # processes that did not hear of it together would wait for each other
+        torch.distributed.all_reduce(good := good.int(), op=torch.distributed.ReduceOp.MIN)
+    return bool(good)
+
+
+def _watched(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta and tensor.numel() > 0 and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+
+
+def first_not_finite(model: nn.Module) -> tuple[str, str]:
+    """(module, tensor) of the first parameter in the model's order with a value that is not finite, else of the first gradient; two empty strings
     without one."""
     for kind in ("the parameter", "the gradient of"):
         for name, module in model.named_modules():
             for key, parameter in module._parameters.items():
                 tensor = parameter if kind == "the parameter" or parameter is None else parameter.grad
-                if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                if _watched(tensor) and not bool(_whole(torch.isfinite(tensor.coalesce().values() if tensor.is_sparse else tensor).all())):
                     return name, f"{kind} {key}"
-    return None
+    return "", ""
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def largest_gradient(model: nn.Module) -> str:
@@ -103,7 +132,7 @@ def largest_gradient(model: nn.Module) -> str:
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.grad is not None and not parameter.is_meta:
-                ratio = float(parameter.grad.norm() / parameter.detach().norm().clamp(min=1e-12))
+                ratio = float(_whole(parameter.grad.norm())) / max(float(_whole(parameter.detach().norm())), 1e-12)
                 if ratio > best:
                     best, where = ratio, name
     return where

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import ProcessException
 
 import rbe_torch
 
@@ -83,6 +84,12 @@ def fully_sharded(rank: int) -> None:
         whole = network(basis=basis)
         whole.load_state_dict({key: full(value) for key, value in states.items()})
         assert torch.equal(whole[0].codes, rbe_torch.codes.with_amplitude(single[0].codes, full(model[0].amplitude), single[0].layout))
+        watch = rbe_torch.TrainingWatch(model)
+        watch.step(1.0)
+        if rank == 1:
+            model[2].amplitude.grad.to_local()[0] = float("nan")
+        with pytest.raises(rbe_torch.TrainingDiverged, match="step 2: the gradient of amplitude of layer '2'"):
+            watch.step(1.0)  # in both processes, or one would wait for the other
 
 
 def resumed(rank: int) -> None:
@@ -176,7 +183,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         while not context.join(timeout=SECONDS):
             pass
-    except mp.ProcessException as error:  # a process that died leaves no file for what it was at
+    except ProcessException as error:  # a process that died leaves no file for what it was at
         (folder / "died").write_text(str(error))
     return folder
 

@@ -132,3 +132,9 @@ def test_hostile_manifests_are_refused(change: dict, text: str | None, tmp_path:
 def test_an_unknown_choice_is_named(call) -> None:
     with pytest.raises(ValueError, match="basis: is '"):
         call()
+
+
+@pytest.mark.parametrize("layout, basis, said", [("rbe8x2_g8", "seeded", True), ("rbe16s_g8", "frozen", True), ("rbe8x2_g8", "trained", False), ("rbe4r_g8", "seeded", False)])
+def test_a_choice_that_leaves_almost_nothing_to_train_is_said(layout: str, basis: str, said: bool) -> None:
+    report = str(rbe_torch.convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), layout, basis=basis))
+    assert ("gains and biases alone are trained" in report) == said and "lose most" not in report

@@ -127,11 +127,11 @@ def test_the_table_takes_the_rate_with_most_seeds_and_no_run_is_repeated(gpt, tm
     best, tried = gpt.at_best_rate(rows, ("lr",), lambda row: row["loss"])
     assert [row["lr"] for row in best] == [2, 2] and tried == 3 and gpt.spread(best, "loss") == {"loss": "2.450", "from": "2.400", "to": "2.500"}
     (tmp_path / "runs.json").write_text('{"machine": {}, "rows": []}')
-    first, second = (gpt.Runs(tmp_path / "runs.json") for _ in range(2))
+    first, second = (gpt.Runs(tmp_path / "runs.json", start=1.0) for _ in range(2))
     first.add(rows[0])
     second.add(rows[1])  # another process, which had read the file before
     again = gpt.Runs(tmp_path / "runs.json")
-    assert again.rows == rows[:2] and again.holds(lr=1, seed=1) and not again.holds(lr=2)
+    assert again.rows == [{"start": 1.0, **rows[0]}, rows[1]] and again.holds(lr=1, seed=1) and not again.holds(lr=2)
 
 
 def test_every_contestant_starts_alike(gpt) -> None:

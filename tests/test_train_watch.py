@@ -44,6 +44,29 @@ def test_a_loss_that_is_nan_is_traced_to_the_parameter_at_once() -> None:
         watch.step(backward(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_one_value_is_found_wherever_it_is(dtype: torch.dtype, value: str) -> None:
+    for place in (0, 5, 31, 32, 98):
+        model = nn.Linear(33, 3, bias=False, dtype=dtype)
+        model.weight.grad = torch.zeros_like(model.weight)
+        TrainingWatch(model).step(1.0)
+        model.weight.grad.view(-1)[place] = float(value)
+        with pytest.raises(TrainingDiverged, match="step 1: the gradient of weight"):
+            TrainingWatch(model).step(1.0)
+
+
+def test_gradients_of_any_kind_can_be_watched() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(8, 4, sparse=True), "rest": nn.Linear(4, 2)})
+    model.register_parameter("none", nn.Parameter(torch.zeros(0)))
+    model["rest"](model["table"](torch.tensor([1, 1, 3]))).square().sum().backward()
+    watch = TrainingWatch(model)
+    watch.step(1.0)
+    model["table"].weight.grad = model["table"].weight.grad * float("inf")
+    with pytest.raises(TrainingDiverged, match="gradient of weight of layer 'table'"):
+        watch.step(1.0)
+
+
 def test_a_loss_that_breaks_by_itself_says_so() -> None:
     with pytest.raises(TrainingDiverged, match="it broke in the loss itself") as caught:
         TrainingWatch(network()).step(float("inf"))
@@ -60,6 +83,19 @@ def test_a_loss_that_leaves_for_good_is_named_and_a_spike_is_not() -> None:
     with pytest.raises(TrainingDiverged, match="step 65: the loss is 3 .* for 5 steps.*layer '2'"):
         for _ in range(10):
             watch.step(3.0)
+
+
+def test_a_run_that_leaves_at_once_is_named_and_a_restless_start_is_not() -> None:
+    watch = TrainingWatch(network())
+    for step in range(60):
+        watch.step((0.01, 0.2, 0.4)[step % 3])
+    model = network()
+    backward(model)
+    watch = TrainingWatch(model)
+    watch.step(2.3)
+    with pytest.raises(TrainingDiverged, match="step 21: the loss is 500 and has been more than 20 times its usual 2.3"):
+        for _ in range(30):
+            watch.step(500.0)
 
 
 def test_a_falling_loss_is_left_alone() -> None:

@@ -35,7 +35,7 @@ from small_layers import BlockSparse, CodesAndLowRank, LittleBit, LowRank, Quant
 import rbe_torch  # noqa: E402
 
 CONTEXT, BATCH, WARM_UP, LAST = 64, 16, 60, 0.03
-START = 0.4  # of the size that keeps the variance of activations; whole weights do better without it (docs/training.md, "A small start")
+START = 0.4  # of the size that keeps the variance of activations; whole weights do better without it (docs/training-experiments.md, "A small start")
 
 
 class Block(nn.Module):
@@ -235,9 +235,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     text = Text(options.data)
-    runs = Runs(options.out / "train_gpt.json")
-    for row in runs.rows:
-        row.setdefault("start", 1.0)  # before there was another
+    runs = Runs(options.out / "train_gpt.json", start=1.0)
     chosen = [c for c in CONTESTANTS if any(part in c.name for part in options.only.split("|"))]
     for seed in range(1 if options.tune else options.seeds):
         for c in chosen:

@@ -28,21 +28,24 @@ def cosine(optimiser: torch.optim.Optimizer, steps: int, warm_up: int, last: flo
 
 
 class Runs:
-    """The rows of a JSON, written after each, so that a table can be made in pieces and by several processes."""
+    """The rows of a JSON, written after each, so that a table can be made in pieces and by several processes. missing: what rows have that do not say."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **missing: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        self.machine, self.rows = saved.get("machine") or asdict(harness.Machine.measure()), saved.get("rows", [])
+        self.path, self.missing = path, missing
+        self.machine = self._read().get("machine") or asdict(harness.Machine.measure())
+
+    def _read(self) -> dict:
+        saved = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.rows = [{**self.missing, **row} for row in saved.get("rows", [])]
+        return saved
 
     def holds(self, **wanted: object) -> bool:
         return any(all(row.get(key) == value for key, value in wanted.items()) for row in self.rows)
 
     def add(self, row: dict[str, object]) -> None:
         print(*row.values(), sep="  ", flush=True)
-        if self.path.is_file():
-            self.rows = json.loads(self.path.read_text())["rows"]
+        self._read()
         self.rows.append(row)
         self.path.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
 
