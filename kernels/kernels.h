@@ -227,6 +227,10 @@ static inline int64_t rbe_digit_steps(int64_t g, int64_t cols) { return (((cols 
 // Groups, whole quads of them, that fill whole steps: a multiple of this.
 static inline int64_t rbe_digit_whole(int64_t g) { return (g & -g) < 16 ? 64 / (g & -g) : 4; }
 
+// Whether lut8_interleaved reads one tile of rows after the other, which memory serves best, or, where tables take more than half of L2, 64 codes of all
+// rows after the other.
+static inline bool rbe_lut8_streams(int64_t tokens, int64_t count, int planes) { return tokens * count * planes <= (1 << 20) / RBE_BASIS_VECTORS; }
+
 static inline int64_t rbe_half_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1024; }
 static inline int64_t rbe_half_step(int64_t cols) { return (cols + 31) / 32 * 1024; }
 static inline int64_t rbe_split_size(int64_t rows_or_cols, int64_t depth) { return (rows_or_cols + 15) / 16 * ((depth + 31) / 32) * 1536; }

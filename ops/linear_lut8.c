@@ -7,7 +7,7 @@
 enum {
     BLOCK = 64,   // codes that share a factor
     ROWS = 128,   // packed rows a token that pass over a block's tables before the next block: more tokens have more tables to bring in
-    FIRST_BLOCKS = 3,   // of codes, asked for while tables are made
+    FIRST_BLOCKS = 3, FIRST_LINES = 24 << 10,  // of codes, asked for while tables are made: of all rows, or row tile by row tile
     SUMS = 32 << 10,  // of interleaved rows that pass together: 128 kB stay in L2
 };
 
@@ -20,12 +20,15 @@ typedef struct pass {
     atomic_bool infinite;
 } pass;
 
-// Asks for a share of the codes that are looked up first, while tables are made: part `at` of `parts`, in the order of the rows.
-static void ask_ahead(const rbe_weight *w, int64_t at, int64_t parts) {
-    const int64_t codes = rbe_codes_a_row(w), some = rbe_min(codes, FIRST_BLOCKS * BLOCK), lines = rbe_interleaved_tiles(w->rows) * some;
+// Asks for a share of the codes that are looked up first, while tables are made: part `at` of `parts`, in the order of reading.
+static void ask_ahead(const pass *s, int64_t at, int64_t parts) {
+    const rbe_weight *w = s->job->w;
+    const int64_t codes = rbe_codes_a_row(w), tiles = rbe_interleaved_tiles(w->rows), some = rbe_min(codes, FIRST_BLOCKS * BLOCK);
+    const bool streams = rbe_lut8_streams(s->job->x->rows, codes, s->planes);
+    const int64_t lines = streams ? rbe_min(tiles * codes, FIRST_LINES) : tiles * some;
     if (!w->interleaved) return;
-    for (int64_t s = at * lines / parts; s < (at + 1) * lines / parts; ++s)
-        __builtin_prefetch(w->interleaved + (s / some * codes + s % some) * RBE_LANES, 0, 2);
+    for (int64_t line = at * lines / parts; line < (at + 1) * lines / parts; ++line)
+        __builtin_prefetch(w->interleaved + (streams ? line : line / some * codes + line % some) * RBE_LANES, 0, 2);
 }
 
 // Blocks of 64 codes. A block may begin inside a group (M > 1): P is made for the groups that it touches.
@@ -42,7 +45,7 @@ static void fill_tables(int64_t begin, int64_t end, void *context) {
             for (int64_t k = k0; k < k1; ++k) {
                 s->job->kernels->table_token(1, stages, g, rbe_min((k + 1) * g, w->cols) - k * g, s->x + t * w->cols + k * g, s->turned,
                                              p + (k - k0) * stages * RBE_BASIS_VECTORS);
-                if (t == 0) ask_ahead(w, b * (k1 - k0) + k - k0, blocks * (k1 - k0));
+                if (t == 0) ask_ahead(s, b * (k1 - k0) + k - k0, blocks * (k1 - k0));
             }
             if (!s->job->kernels->lut8_quantise(count, p + (q0 - k0 * stages) * RBE_BASIS_VECTORS, s->planes,
                                                 s->table + (t * codes + q0) * s->planes * RBE_BASIS_VECTORS, &s->factor[t * blocks + b]))

@@ -17,7 +17,7 @@
 
 #include "../kernels.h"
 
-enum { SQUARE = 64, AHEAD = 2, TILES = 4 };  // tiles of 64 rows that share the loads of a table
+enum { SQUARE = 64, AHEAD = 2, LINES_AHEAD = 16, TILES = 4 };  // tiles of 64 rows that share the loads of a table
 
 // The bits of the largest |p|; not below those of infinity if any is not finite.
 static inline uint32_t largest(int64_t count, const float *p) {
@@ -220,13 +220,24 @@ void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, 
     }
 }
 
-void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
-                                      const float *factor, float *y, int64_t y_token) {
-    const int64_t blocks = (count + SQUARE - 1) / SQUARE, tiles = (rows + SQUARE - 1) / SQUARE;
-    lookup l = {tokens, count, 0, planes, table, factor};
-    for (int64_t b = 0; b < blocks; ++b) {
-        l.q0 = b * SQUARE;
-        const int64_t some = count - l.q0 < SQUARE ? count - l.q0 : SQUARE;
+// Rows of `tiles` times 64 at a time, whose codes are streams; every table passes from L2 for each of them.
+static inline __attribute__((always_inline)) void look_up_streams(const int tiles, lookup *l, const uint8_t *idx, float *y, int64_t y_token) {
+    for (l->q0 = 0; l->q0 < l->codes; l->q0 += SQUARE) {
+        const uint8_t *column[TILES];
+        uintptr_t ahead[TILES];
+        for (int r = 0; r < tiles; ++r) {
+            column[r] = idx + (r * l->codes + l->q0) * SQUARE;
+            ahead[r] = (uintptr_t)column[r] + LINES_AHEAD * SQUARE;
+        }
+        look_up_all(tiles, l, l->codes - l->q0 < SQUARE ? l->codes - l->q0 : SQUARE, column, y, y_token, ahead, SQUARE);
+    }
+}
+
+// 64 codes of all rows at a time, so that their tables stay in L1.
+static void look_up_blocks(int64_t tiles, lookup *l, const uint8_t *idx, float *y, int64_t y_token) {
+    const int64_t count = l->codes;
+    for (l->q0 = 0; l->q0 < count; l->q0 += SQUARE) {
+        const int64_t some = count - l->q0 < SQUARE ? count - l->q0 : SQUARE;
         for (int64_t i = 0; i < tiles;) {
             const int together = tiles - i < TILES ? 1 : TILES;
             const uint8_t *column[TILES];
@@ -234,14 +245,27 @@ void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t
             for (int r = 0; r < together; ++r) {
                 // so many tiles on in the order of reading
                 const int64_t next = i + r + (together == 1 ? AHEAD : TILES), on = next < tiles ? next * count : (next - tiles) * count + SQUARE;
-                column[r] = idx + ((i + r) * count + l.q0) * SQUARE;
-                ahead[r] = (uintptr_t)idx + (uintptr_t)((on + l.q0) * SQUARE);
+                column[r] = idx + ((i + r) * count + l->q0) * SQUARE;
+                ahead[r] = (uintptr_t)idx + (uintptr_t)((on + l->q0) * SQUARE);
             }
             if (together == 1)
-                look_up_all(1, &l, some, column, y + i * SQUARE, y_token, ahead, SQUARE);
+                look_up_all(1, l, some, column, y + i * SQUARE, y_token, ahead, SQUARE);
             else
-                look_up_all(TILES, &l, some, column, y + i * SQUARE, y_token, ahead, SQUARE);
+                look_up_all(TILES, l, some, column, y + i * SQUARE, y_token, ahead, SQUARE);
             i += together;
         }
     }
+}
+
+void rbe_lut8_interleaved__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t tokens, int planes, const uint8_t *table,
+                                      const float *factor, float *y, int64_t y_token) {
+    const int64_t tiles = (rows + SQUARE - 1) / SQUARE;
+    lookup l = {tokens, count, 0, planes, table, factor};
+    if (!rbe_lut8_streams(tokens, count, planes)) {
+        look_up_blocks(tiles, &l, idx, y, y_token);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + TILES <= tiles; i += TILES) look_up_streams(TILES, &l, idx + i * count * SQUARE, y + i * SQUARE, y_token);
+    for (; i < tiles; ++i) look_up_streams(1, &l, idx + i * count * SQUARE, y + i * SQUARE, y_token);
 }

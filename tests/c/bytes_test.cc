@@ -189,6 +189,27 @@ TEST(Bytes, DigitsOverSeveralChunks) {
     }
 }
 
+// Codes are read row tile by row tile while tables are small, else 64 codes of all rows at a time: more than one tile of either, and what is left of them.
+TEST(Bytes, OrdersOfReadingGiveTheSameBits) {
+    for (const std::string &isa : host_isas()) {
+        if (!has_lookups(isa)) continue;
+        const Using use(isa, RBE_PATH_LUT8);
+        for (int64_t tokens : {1, 5}) {
+            const int64_t m = 331, n = 4100, codes = (n + 7) / 8 * 2;
+            ASSERT_EQ(rbe_lut8_streams(tokens, codes, 1), tokens == 1);
+            std::mt19937 one(4), other(4);
+            Forward packed("rbe8x2_g8", m, n, tokens, one, Weight::kPacked), interleaved("rbe8x2_g8", m, n, tokens, other, Weight::kInterleaved);
+            for (rbe_accuracy accuracy : {RBE_ACCURACY_EXACT, RBE_ACCURACY_FAST}) {
+                packed.run(accuracy);
+                interleaved.run(accuracy);
+                ASSERT_EQ(packed.y.bytes, interleaved.y.bytes) << isa << " tokens " << tokens;
+            }
+            interleaved.reference();
+            expect_rows_near(interleaved, kByteError, isa);
+        }
+    }
+}
+
 // The largest sums that digits can make: every code the vector of largest entries, every x the largest.
 TEST(Bytes, DigitsDoNotOverflow) {
     std::mt19937 random(7);
