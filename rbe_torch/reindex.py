@@ -88,15 +88,17 @@ class Reindexer:
         else:
             self._disarm()
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Lightning's hook."""
-        self.step()
-
     def transformers_callback(self) -> Any:
         """A transformers.TrainerCallback that calls step after each optimiser step."""
-        from .callbacks import after_each_step
+        from .callbacks import for_transformers
 
-        return after_each_step(self.step)
+        return for_transformers(self.step)
+
+    def lightning_callback(self) -> Any:
+        """A callback for Lightning's Trainer that calls step after each optimiser step."""
+        from .callbacks import for_lightning
+
+        return for_lightning(self.step)
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs beside the model's and the optimiser's state."""

@@ -144,8 +144,30 @@ def test_the_trainer_of_transformers_calls_it() -> None:
     callback = reindexer.transformers_callback()
     assert isinstance(callback, transformers.TrainerCallback)
     callback.on_step_end(None, None, None, model=None)
-    reindexer.on_train_batch_end(None, None, None, None, 0)
-    assert reindexer.count == 2
+    assert reindexer.count == 1
+
+
+def test_the_trainer_of_lightning_calls_it_once_a_step() -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+            return self.inner(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(rbe_torch.param_groups(self))
+
+    module = Module()
+    reindexer = rbe_torch.Reindexer(module, until=100, interval=4, method="gradient")
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(24, module.inner[0].in_features)), batch_size=2)
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                                accumulate_grad_batches=2, callbacks=[reindexer.lightning_callback()])
+    trainer.fit(module, data)
+    assert reindexer.count == trainer.global_step == 6 and reindexer.moved > 0
 
 
 @pytest.mark.parametrize("options, text", [
