@@ -217,8 +217,8 @@ def summary(rows: list[dict], steps: int) -> list[dict[str, object]]:
         mine = [row for row in rows if row["name"] == name and row["steps"] == steps]
         if mine:
             best, tried = at_best_rate(mine, ("lr", "rest", "start"), lambda row: row["loss"])
-            first = {key: best[0][key] for key in ("kB", "lr", "rest", "start", "s/step", "optimiser MB")}
-            table.append({"name": name, **spread(best, "loss"), "seeds": len(best), "rates tried": tried, **first})
+            first = {key: best[0].get(key, "") for key in ("kB", "lr", "rest", "start", "optimiser MB")}
+            table.append({"name": name, **spread(best, "loss"), "seeds": len(best), "rates tried": tried, **first, "s/step": min(row["s/step"] for row in best)})
     return sorted(table, key=lambda row: (row["kB"] > 150, row["loss"]))
 
 

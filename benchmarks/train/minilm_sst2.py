@@ -2,7 +2,7 @@
 
 Mean of the token embeddings, a linear head. A compressed encoder, its rbe8 codes calibrated on 128 sentences of train, is first put near the dense one by distilling its embeddings
 (`--distil` steps on the same sentences without labels), then all are fine-tuned for the same number of steps with AdamW, cosine, bfloat16 autocast: with `--tune` at each of
-three rates with one seed, else at the one of them with the least loss so far (the first where none was run). Eight batches of 16 at a time are drawn
+four rates with one seed, else at the one of them with the least loss so far (the first where none was run). Eight batches of 16 at a time are drawn
 from train.tsv, each of sentences of like length: 200 steps see 3,200 of the 67,349. Bytes: the encoder's linear layers
 with everything counted. Every run is a process of its own, so that its peak of memory is its own; a run that is in the JSON already is not repeated.
 
@@ -39,7 +39,8 @@ from rbe_torch.models import model_directory  # noqa: E402
 
 LAYOUTS = {"dense float32": None, "2 bits, rbe8x2_g8": "rbe8x2_g8", "1 bit, rbe8_g8": "rbe8_g8", "rbe22_g64": "rbe22_g64"}
 # (linear layers, everything else); for codes the first is that of a dense layer that moves as far, and a basis gets 50 times it
-RATES = {None: ((1e-4, 1e-4), (5e-5, 5e-5), (2e-4, 2e-4)), "rbe8": ((5e-5, 1e-4), (5e-5, 2e-4), (1e-4, 2e-4)), "rbe22": ((1e-4, 1e-4), (2e-4, 1e-4), (2e-4, 2e-4))}
+RATES = {None: ((1e-4, 1e-4), (5e-5, 5e-5), (2e-4, 2e-4), (4e-4, 4e-4)), "rbe8": ((5e-5, 1e-4), (5e-5, 2e-4), (1e-4, 2e-4), (2e-4, 4e-4)),
+         "rbe22": ((1e-4, 1e-4), (2e-4, 1e-4), (2e-4, 2e-4), (4e-4, 4e-4))}
 CALIBRATION, BUCKET, WARM_UP = 128, 8, 10  # sentences; batches drawn at a time; steps
 
 
