@@ -104,6 +104,10 @@ void rbe_encode_stage(const rbe_encoder *s, int64_t rows, int64_t depth, const d
         const double limit = (scaled ? -size * size : -2 * size) + 2 * slack;
         const float *scores = score + r * RBE_BASIS_VECTORS;
         int64_t count = rbe_encoder_candidates(s, sees, scores, rbe_encoder_reach(scaled, limit), at);
+        if (count == 1 && !scaled) {
+            words[r][0] = (int32_t)rbe_encoder_word(s, 0, at[0], depth, target, 0, 0, &least);  // no error can make another one win
+            continue;
+        }
         uint32_t best = best_of(s, count, at, depth, target, squares->square, &least);
         const double wider = least + SLACK * fabs(least) + slack;
         if (sees && wider > limit) {  // scales so coarse that another idx can win

@@ -96,15 +96,27 @@ float RBE_KERNEL(score_limit)(int64_t rows, const float *base, bool squared, con
     return v_largest(limit);
 }
 
+// Mostly one is found, anywhere: no branch depends on where.
 int64_t RBE_KERNEL(at_least)(const float *score, float limit, int32_t *at) {
-    enum { STRETCH = V_WIDTH == 1 ? 16 : 64 };
+    enum { STRETCHES = RBE_BASIS_VECTORS / 64 };
     const vf least = v_set1(limit);
+    uint64_t bits[STRETCHES], any = 0;
     int64_t found = 0;
-    for (int j = 0; j < RBE_BASIS_VECTORS; j += STRETCH) {
-        uint64_t bits = 0;
+    int first = 0;
+    for (int s = STRETCHES - 1; s >= 0; --s) {
+        bits[s] = 0;
 #pragma GCC unroll 16
-        for (int c = 0; c < STRETCH; c += V_WIDTH) bits |= (uint64_t)v_ge_bits(v_load(score + j + c), least) << c;
-        for (; bits; bits &= bits - 1) at[found++] = j + __builtin_ctzll(bits);
+        for (int c = 0; c < 64; c += V_WIDTH) bits[s] |= (uint64_t)v_ge_bits(v_load(score + 64 * s + c), least) << c;
+        any |= bits[s];
+        first = bits[s] ? s : first;
+        found += __builtin_popcountll(bits[s]);
     }
+    if (found == 1) {
+        at[0] = 64 * first + __builtin_ctzll(any);
+        return 1;
+    }
+    found = 0;
+    for (int s = 0; s < STRETCHES; ++s)
+        for (; bits[s]; bits[s] &= bits[s] - 1) at[found++] = 64 * s + __builtin_ctzll(bits[s]);
     return found;
 }
