@@ -21,10 +21,14 @@ Quantised = tuple[Tensor, float]  # what a weight [m, n] decodes to, bits a weig
 
 # ---- rbe_torch ---------------------------------------------------------------------------------------------------------------------
 def ours(task: Task, layout: str = "rbe8x2_g8", **options: Any) -> Result:
-    """compress(model, layout, ...). With bits= the notes say how many layers got which layout, of how many mixes."""
+    """compress(model, layout, ...). The notes have the mean relative squared error of weights, the largest |W - Q| / |W| of a layer, and the
+    layers' mean output error; with bits= how many layers got which layout, of how many mixes."""
     model = models.load_dense(task.source)
     report = rbe_torch.compress(model, layout, **options)
-    notes: dict[str, Any] = {"relative_error": report.relative_error}
+    notes: dict[str, Any] = {"relative_error": report.relative_error, "worst_norm": max(row.relative_error for row in report.converted) ** 0.5}
+    lost = [row.output_error for row in report.converted if row.output_error is not None]
+    if lost:
+        notes["output_error"] = sum(lost) / len(lost)
     if report.frontier:
         layouts = [row.layout for row in report.converted]
         notes |= {"layers": {layout: layouts.count(layout) for layout in sorted(set(layouts))}, "mixes": len(report.frontier)}
@@ -69,26 +73,32 @@ def from_inputs(task: Task, quantise: Callable[[Tensor, Tensor], Quantised]) -> 
 def behind_the_prefix(task: Task, model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Each layer's name and module, in order of execution, with X^T X [n, n] of what reaches it behind the layers that the caller has
     changed so far."""
-    entries, visits = _walk(task, model)
-    for visit in visits:
+    for visit, layer, members in phases(task, model):
+        n = replace.features(members[0][1])[0]
+        hessian = torch.zeros(n, n)
+        for call in visit.calls:
+            for z in walk.inputs(visit.stretch.module, call, [layer])[layer]:
+                z = z[call.mask] if call.mask is not None and z.shape[:-1] == call.mask.shape else z.flatten(0, -2)
+                hessian.addmm_(z.t(), z)
+        for name, module in members:
+            yield name, module, hessian
+
+
+def phases(task: Task, model: nn.Module) -> Iterator[tuple[walk.Visit, str, list[tuple[str, nn.Module]]]]:
+    """The visits of the walk, and what shares an input in them: the first layer's name below the visit's module, all layers' names and
+    modules."""
+    entries = {entry.name: entry for entry in replace.find_linears(model) if entry.convertible}
+    for visit in walk.walk(model, walk.calls_of(task.calibration, CPU), list(entries)):
         for phase in visit.stretch.phases:
-            n = replace.features(entries[visit.stretch.full(phase[0])].module)[0]
-            hessian = torch.zeros(n, n)
-            for call in visit.calls:
-                for z in walk.inputs(visit.stretch.module, call, [phase[0]])[phase[0]]:
-                    z = z[call.mask] if call.mask is not None and z.shape[:-1] == call.mask.shape else z.flatten(0, -2)
-                    hessian.addmm_(z.t(), z)
-            for layer in phase:
-                name = visit.stretch.full(layer)
-                yield name, entries[name].module, hessian
+            yield visit, phase[0], [(name, entries[name].module) for name in map(visit.stretch.full, phase)]
 
 
 def lost_under(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     """tr((W - Q) H (W - Q)^T) over tr(W H W^T): the relative squared error of the layer's outputs."""
-    return _energy(weight - decoded, hessian) / _energy(weight, hessian)
+    return energy(weight - decoded, hessian) / energy(weight, hessian)
 
 
-def _energy(weight: Tensor, hessian: Tensor) -> float:
+def energy(weight: Tensor, hessian: Tensor) -> float:
     return float(((weight @ hessian) * weight).sum())
 
 
@@ -96,24 +106,21 @@ def _energy(weight: Tensor, hessian: Tensor) -> float:
 def gptq_with_our_moments(task: Task, bits: int) -> Result:
     """GPTQ with tokens of equal size, targets that undo the prefix's error, the damping that held-out sequences choose, bias correction."""
     model = models.load_dense(task.source)
-    entries, visits = _walk(task, model)
-    for visit in visits:
-        for phase in visit.stretch.phases:
-            fit, held = calibrate.gather(visit, phase[0], replace.features(entries[visit.stretch.full(phase[0])].module)[0], CPU)
-            for layer in phase:
-                module = entries[visit.stretch.full(layer)].module
-                weight, centred = replace.dense_weight(module), module.bias is not None
-                tries = []
-                for damping in calibrate.DAMPINGS:
-                    problem = moments.problem_of(weight, fit, damping, centred)
-                    decoded = rivals.gptq(problem.target, problem.factor, bits)
-                    tries.append((held.loss(weight, decoded, problem.shift_of(decoded) if centred else None), damping))
-                problem = moments.problem_of(weight, fit.plus(held), min(tries)[1], centred)
+    for visit, layer, members in phases(task, model):
+        fit, held = calibrate.gather(visit, layer, replace.features(members[0][1])[0], CPU)
+        for _, module in members:
+            weight, centred = replace.dense_weight(module), module.bias is not None
+            tries = []
+            for damping in calibrate.DAMPINGS:
+                problem = moments.problem_of(weight, fit, damping, centred)
                 decoded = rivals.gptq(problem.target, problem.factor, bits)
-                set_weight(module, decoded)
-                shift = problem.shift_of(decoded)
-                if centred and held.loss(weight, decoded, shift) < held.loss(weight, decoded, None):
-                    module.bias.data += shift
+                tries.append((held.loss(weight, decoded, problem.shift_of(decoded) if centred else None), damping))
+            problem = moments.problem_of(weight, fit.plus(held), min(tries)[1], centred)
+            decoded = rivals.gptq(problem.target, problem.factor, bits)
+            set_weight(module, decoded)
+            shift = problem.shift_of(decoded)
+            if centred and held.loss(weight, decoded, shift) < held.loss(weight, decoded, None):
+                module.bias.data += shift
     return model, rivals.integer_bits(bits), {}
 
 
@@ -134,11 +141,6 @@ def integers(task: Task, widths: tuple[int, ...]) -> Methods:
         )
         rows[f"GPTQ int{bits} g64, our moments"] = lambda bits=bits: gptq_with_our_moments(task, bits)
     return rows
-
-
-def _walk(task: Task, model: nn.Module) -> tuple[dict[str, replace.Found], Any]:
-    entries = {entry.name: entry for entry in replace.find_linears(model) if entry.convertible}
-    return entries, walk.walk(model, walk.calls_of(task.calibration, CPU), list(entries))
 
 
 def set_weight(module: nn.Module, weight: Tensor) -> None:

@@ -29,11 +29,11 @@ _PROBED_ROWS = 256  # without calibration
 
 @dataclass
 class Choice:
-    """layouts: name -> Layout. frontier: dicts with bits_per_weight, bytes (of the converted layers), loss and how many layers take which
-    layout.
-    bases: the tables fitted on the way, by layout without residual."""
+    """layouts: name -> Layout. losses: name -> what that layer alone was measured to lose in it. frontier: dicts with bits_per_weight, bytes (of
+    the converted layers), loss and how many layers take which layout. bases: the tables fitted on the way, by layout without residual."""
 
     layouts: dict[str, Layout]
+    losses: dict[str, float]
     frontier: list[dict[str, Any]]
     bases: dict[str, Tensor] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ def choose(
     rows = undominated([_row(mix, chosen) for mix in (best, *mixes, *uniform)])
     for row in rows:
         row["chosen"] = row["bytes"] == size
-    return Choice({name: option.layout for name, option in best.items()}, rows, bases)
+    return Choice({name: option.layout for name, option in best.items()}, {name: option.loss for name, option in best.items()}, rows, bases)
 
 
 def byte_limit(model: nn.Module, chosen: Sequence[Found], bits: float | None, max_megabytes: float | None) -> float:

@@ -188,7 +188,7 @@ class Report:
             lines.append(f"fine-tuning: {self.tuning['steps']} steps, {self.tuning['seconds']:.0f} s, loss on batches not trained on {self.tuning['before']:.5f} -> "
                          f"{self.tuning['after']:.5f}" + ("" if self.tuning["kept"] else ", which is no gain: everything was put back"))
         if self.frontier:
-            lines.append("mixes considered (* chosen), loss as measured layer by layer:")
+            lines.append("mixes considered (* chosen), losses of the layers added up:")
             lines += frontier_lines(self.frontier)
         if self.skipped:
             lines.append(f"{len(self.skipped)} left alone:")

@@ -102,6 +102,11 @@ def test_plan_with_a_budget_shows_what_compress_would_choose(capsys, bert, tmp_p
     planned = json_of(capsys, "plan", bert, *options, "--layout", "rbe8_g8", "--layout", "rbe16s_g8")
     chosen = [row for row in planned["frontier"] if row["chosen"]]
     assert len(chosen) == 1 and chosen[0]["bits_per_weight"] <= 5.5 and set(planned["layouts"].values()) <= {"rbe8_g8", "rbe16s_g8"}
+    assert sum(row["loss"] for row in planned["layers"]) == pytest.approx(chosen[0]["loss"])
+    assert main(["plan", str(bert), "--bits", "40", "--layout", "rbe8x3_g8+int8", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert all(any(line.split()[:5] == [row["name"], f"{row['out_features']}x{row['in_features']}", "rbe8x3_g8+int8", "3", "int8"] for line in printed.splitlines())
+               for row in planned["layers"])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..cli import UsageError
 from .budgets import calibration_of, check_budget
 from .tables import megabytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..budget import Choice
+    from ..replace import Found
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,9 +47,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _plan_budget(options: argparse.Namespace, path: Path) -> None:
     """What `rbe compress` with this budget would choose, and what it would choose from."""
-    from ..budget import choose
+    from ..budget import choose, rest_bytes
     from ..models import load_dense
-    from ..replace import find_linears
+    from ..replace import dense_weight, find_linears
     from ..report import frontier_lines
     from ..walk import calls_of
 
@@ -56,8 +61,24 @@ def _plan_budget(options: argparse.Namespace, path: Path) -> None:
     calls = None if batches is None else calls_of(batches, chosen[0].module.weight.device)
     layouts = {"candidates": tuple(options.layout)} if options.layout else {}
     choice = choose(model, chosen, calls, options.bits, options.max_megabytes, options.seed, not options.quiet, **layouts)
+    facts = [_layer_facts(entry, choice) for entry in chosen]
     if options.json:
-        print_json({"layouts": {name: str(layout) for name, layout in choice.layouts.items()}, "frontier": choice.frontier})
+        print_json({"layouts": {row["name"]: row["layout"] for row in facts}, "layers": facts, "frontier": choice.frontier})
         return
-    print_table(("layer", "layout"), [(name, str(layout)) for name, layout in choice.layouts.items()], left=(0, 1))
-    print("mixes considered (* chosen), loss as measured layer by layer:", *frontier_lines(choice.frontier), sep="\n")
+    print_table(("layer", "shape", "layout", "stages", "residual", "bits/weight", "loss"),
+                [(row["name"], f"{row['out_features']}x{row['in_features']}", row["layout"], row["stages"], row["residual"] or "-", f"{row['bits_per_weight']:.3f}",
+                  f"{row['loss']:.3g}") for row in facts], left=(0, 1, 2, 4))
+    size = next(row["bytes"] for row in choice.frontier if row["chosen"])
+    print(f"these {len(facts)} layers: {megabytes(size)}, {8 * size / sum(dense_weight(entry.module).numel() for entry in chosen):.3f} bits a weight with gains, "
+          f"residuals and bases; the whole model {megabytes(size + rest_bytes(model, chosen))}")
+    print("loss: " + ("of the weights alone, squared error relative to their size times their number; --calibrate measures the model's output instead"
+                      if calls is None else "how far the model's output is from the dense one's when this layer alone is in codes"))
+    print("mixes considered (* chosen), losses of the layers added up:", *frontier_lines(choice.frontier), sep="\n")
+
+
+def _layer_facts(entry: Found, choice: Choice) -> dict[str, Any]:
+    from ..replace import features
+
+    layout, (n, m) = choice.layouts[entry.name], features(entry.module)
+    return {"name": entry.name, "out_features": m, "in_features": n, "layout": str(layout), "stages": layout.stages, "residual": layout.residual,
+            "bits_per_weight": 8 * layout.bytes(m, n, basis=False) / (m * n), "loss": choice.losses[entry.name]}
