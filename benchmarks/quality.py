@@ -44,6 +44,7 @@ PROBE_SENTENCES = 2000
 AQLM_EPOCHS = 10
 BUDGETS = (2.2, 2.5)
 OURS = ("rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe8x2_g8+lr8", "rbe8x2_g8+sp0.005", "rbe8x3_g8", "rbe8x4_g8")
+FULL = ("rbe8x2_g8+int8", "rbe8x2_g8+fp8")  # 10 bits: the rows' notes say how exact, `worst_norm`
 
 
 class Sentences:
@@ -102,6 +103,8 @@ def methods(task: Sentences, rows: Rows, minutes: float) -> Methods:
         made[f"{layout} data-free"] = lambda layout=layout: ours(task, layout)
         made[f"{layout} calibrated"] = lambda layout=layout: ours(task, layout, calibration=task.calibration)
         made[f"{layout} tuned"] = lambda layout=layout: tuned(task, rows, layout, minutes, layout)
+    for layout in FULL:
+        made[f"{layout} data-free"] = lambda layout=layout: ours(task, layout)
     for bits in BUDGETS:
         name = f"mix by budget {bits}"
         made[f"{name} data-free"] = lambda bits=bits: ours(task, bits=bits)

@@ -6,7 +6,7 @@
     refitted        the same with a basis fitted under the moments: 64 rows of each layer are encoded, the basis that loses least with these codes
                     is solved for, and so on for 10 rounds; 16 other rows of each layer are encoded in the first basis and in the last
     tuned           calibrated, then distilled for --tune minutes of CPU time (basis, gains, biases, norms)
-    codes moved     the same, and every 8 steps codes are exchanged too (PV-tuning of Malinovskii et al. 2024, without optimiser state)
+    codes moved     the same, and every 16 steps codes move too (quality_moves.py)
 
 Scores are those of quality.py. A row that OUT/quality_tried.json has already is kept.
 """
@@ -38,7 +38,7 @@ from rbe_torch.moments import Problem, problem_of
 SAMPLES = 128
 LAYOUTS = ("rbe8x2_g8", "rbe8_g8")
 ROUNDS, ROWS, DAMPING, RIDGE, SOLVER_STEPS = 10, 64, 0.1, 1e-3, 20
-JUDGES = 4  # batches that judge moves
+JUDGES, JUDGE_ROUNDS = 8, 4  # batches that judge moves, two in each of four rounds
 
 
 # ---- a basis fitted under the moments ------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def _mean(values: list[float]) -> float:
 def distilled(task: Sentences, start: Result, seconds: float, moving: bool) -> Result:
     model, bits, _ = start
     model, teacher, calls = copy.deepcopy(model), models.load_dense(task.source), walk.calls_of(task.more, CPU)
-    judging = range(len(calls) // (2 * JUDGES), len(calls), len(calls) // JUDGES)
+    judging = range(len(calls) // (2 * JUDGES), len(calls), len(calls) // JUDGES)  # sorted by length: some of each
     training = [index for index in range(len(calls)) if index not in judging]
 
     @cache
@@ -128,8 +128,8 @@ def distilled(task: Sentences, start: Result, seconds: float, moving: bool) -> R
     def loss(index: int) -> Tensor:
         return tune.distance(calls[index].run(model), wanted(index), calls[index].mask)
 
-    def judge() -> float:
-        return _mean([float(loss(index)) for index in judging])
+    def judge(number: int) -> float:
+        return _mean([float(loss(index)) for index in judging[number % JUDGE_ROUNDS :: JUDGE_ROUNDS]])
 
     student = Moving(model, judge) if moving else tune._Student(model, basis=True)
 
@@ -165,8 +165,8 @@ def said(row: dict[str, Any]) -> str:
     if "tuning" in row:
         text = f"{row['tuning']['steps']} steps, held out {row['tuning']['before']:.4f} -> {row['tuning']['after']:.4f}"
     if "moves" in row:
-        kept = [attempt for attempt in row["moves"] if attempt["kept"]]
-        text += f"; {len(kept)} of {len(row['moves'])} sets of moves kept, {sum(attempt['kept'] for attempt in kept)} codes"
+        fallen, codes, layers = (sum(part[key] for part in row["moves"]) for key in ("fallen", "codes", "layers"))
+        text += f"; {len(row['moves'])} rounds moved {codes} codes in {layers} layers, which took {fallen:.4f} off the judges' loss"
     return text
 
 
