@@ -159,7 +159,8 @@ class Report:
         return sorted(self.converted, key=lost, reverse=True)[:count]
 
     def to_html(self, path: str) -> None:
-        """Writes the report as one HTML page that needs nothing else: summary, bars of every layer's error, frontier, layers left alone."""
+        """Writes the report as one HTML page that needs nothing else: summary, bars of every layer's error, frontier, layers left alone. No times:
+        a seed makes the same page."""
         from .report_page import page
 
         with open(path, "w", encoding="utf-8") as file:
@@ -198,14 +199,14 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
-    def summary(self) -> str:
-        """One line: layers, bytes, bits a weight, relative error, seconds."""
+    def summary(self, timed: bool = True) -> str:
+        """One line: layers, bytes, bits a weight, relative error, and if `timed` seconds."""
         return (
             f"{len(self.converted)} converted, {self.weights:,} weights: {4 * self.weights / 1e6:.2f} MB in float32, "
             f"{self.compressed_bytes / 1e6:.2f} MB now, {self.bits_per_weight:.3f} bits a weight "
             f"(basis {self.basis_bytes / 1e6:.3f} MB, {len(self.bases)} table{'' if len(self.bases) == 1 else 's'})"
             + (f", relative error {self.relative_error:.4f}" if self.relative_error is not None else "")
-            + (f", {self.seconds:.1f} s" if self.seconds is not None else "")
+            + (f", {self.seconds:.1f} s" if timed and self.seconds is not None else "")
         )
 
 

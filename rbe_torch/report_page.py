@@ -35,12 +35,12 @@ def page(report: Report) -> str:
         "<!doctype html><html lang=en><head><meta charset=utf-8><title>rbe compression report</title>",
         f"<style>{_STYLE}</style></head><body>",
         "<h1>Compression report</h1>",
-        f"<p>{escape(report.summary())}</p>",
+        f"<p>{escape(report.summary(timed=False))}</p>",
     ]
     if report.tuning is not None:
         tuning = report.tuning
         parts.append(
-            f"<p>Fine-tuning: {tuning['steps']} steps in {tuning['seconds']:.0f} s, loss on batches not trained on {tuning['before']:.5f} to "
+            f"<p>Fine-tuning: {tuning['steps']} steps, loss on batches not trained on {tuning['before']:.5f} to "
             f"{tuning['after']:.5f}{'' if tuning['kept'] else ', put back'}.</p>"
         )
     parts.append(

@@ -557,6 +557,19 @@ def test_the_frontier_is_the_hull_of_all_mixes():
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------------------
+def test_a_seed_makes_the_same_report(tmp_path):
+    """The page byte for byte, the JSON but for its times."""
+    pages, facts = [], []
+    for turn in range(2):
+        report = run(net(), bits=20.0, calibration=batches(), seed=5)
+        report.to_html(tmp_path / f"{turn}.html")
+        pages.append((tmp_path / f"{turn}.html").read_bytes())
+        facts.append(json.loads(report.to_json()))
+        for part in (facts[-1], *facts[-1]["layers"]):
+            part.pop("seconds")
+    assert pages[0] == pages[1] and facts[0] == facts[1] and facts[0]["frontier"]
+
+
 def test_the_report_names_the_worst_layers_and_draws_a_page(tmp_path):
     model = net()
     report = run(model, calibration=batches())
