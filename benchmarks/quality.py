@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ TUNE_SENTENCES = 16384
 PROBE_SENTENCES = 2000
 AQLM_EPOCHS = 10
 BUDGETS = (2.2, 2.5)
+MOST_BITS = 5  # in the picture
 OURS = ("rbe8_g8", "rbe8x2_g8", "rbe16s_g8", "rbe8x2_g8+lr8", "rbe8x2_g8+sp0.005", "rbe8x3_g8", "rbe8x4_g8")
 FULL = ("rbe8x2_g8+int8", "rbe8x2_g8+fp8")  # 10 bits: the rows' notes say how exact, `worst_norm`
 
@@ -155,20 +157,20 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         return
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, row in facts["rows"].items():
-        if "failed" in row or name == "dense":
+        if "failed" in row or row["bits"] > MOST_BITS:
             continue
         kinds.setdefault(kind_of(name), []).append((row["bits"], row["cosine"]))
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for kind, points in kinds.items():
+    colours = {own: cycle(pyplot.colormaps["Dark2" if own else "tab10"].colors) for own in (True, False)}
+    for kind, points in sorted(kinds.items(), key=lambda item: not item[0].startswith("rbe")):
         points.sort()
         own = kind.startswith("rbe")
-        axes.plot(
-            *zip(*points, strict=True), marker="o" if own else "x", linewidth=2 if own else 1, linestyle="-" if own else "--", label=kind
-        )
+        marker, width, style = ("o", 2, "-") if own else ("x", 1, "--")
+        axes.plot(*zip(*points, strict=True), marker=marker, linewidth=width, linestyle=style, color=next(colours[own]), label=kind)
     axes.set(
         xlabel="bits a weight, everything counted",
         ylabel="mean cosine to the dense embeddings, STS-B dev",
-        xlim=(0.8, 5),
+        xlim=(0.8, MOST_BITS),
         ylim=(0, 1.01),
         title="all-MiniLM-L6-v2, every linear layer compressed",
     )

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     rows = [("dense", f"{result.dense_linears / unit:.2f}", f"{result.dense_model / unit:.2f}", f"{8 * result.dense_linears / result.weights:.3f}", "", "")]
     rows += [(row.layout, f"{row.linears / unit:.2f}", f"{row.model / unit:.2f}", f"{row.bits_per_weight:.3f}", f"{result.dense_linears / row.linears:.1f}x",
               row.purpose) for row in result.rows]
-    print_table(("layout", f"linears {letters}", f"model {letters}", "bits/weight", "linears", "for"), rows, left=(0, 5))
+    print_table(("layout", f"linears {letters}", f"model {letters}", "bits/weight", "smaller", "for"), rows, left=(0, 5))
     print(f"{result.converted} layers with {result.weights:,} weights would be converted; the rest, {megabytes(result.rest)}, stays as it is")
     for name, reason in result.skipped:
         print(f"  left alone: {name}: {reason}")
