@@ -12,6 +12,7 @@ is right for small changes alone: at first, mu is 4,096 times what the gradients
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,17 +29,18 @@ STIFFNESS, REFUSED, KEPT = 4096.0, 8.0, 0.5  # of the curvature: at first, and w
 
 
 class Moving(tune._Student):
-    """Call `step` before each training step. judge(round): the loss on batches that are not trained on. log: what each round of moves did."""
+    """Call `step` before each training step; from `until` on, seconds of the process's time, no round starts. judge(round): the loss on batches that
+    are not trained on. log: what each round of moves did."""
 
-    def __init__(self, module: nn.Module, judge: Callable[[int], float]) -> None:
+    def __init__(self, module: nn.Module, judge: Callable[[int], float], until: float) -> None:
         super().__init__(module, basis=True)
-        self.judge, self.stiffness = judge, [STIFFNESS] * len(self.layers)
+        self.judge, self.until, self.stiffness = judge, until, [STIFFNESS] * len(self.layers)
         self.first = [words.clone() for words in self.words]
         self.log: list[dict[str, Any]] = []
         self._forget()
 
     def step(self) -> None:
-        if self.passes == INTERVAL:
+        if self.passes >= INTERVAL and time.process_time() < self.until:
             self._move()
             self._forget()
         self.passes += 1

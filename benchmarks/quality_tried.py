@@ -39,6 +39,7 @@ SAMPLES = 128
 LAYOUTS = ("rbe8x2_g8", "rbe8_g8")
 ROUNDS, ROWS, DAMPING, RIDGE, SOLVER_STEPS = 10, 64, 0.1, 1e-3, 20
 JUDGES, JUDGE_ROUNDS = 8, 4  # batches that judge moves, two in each of four rounds
+LAST_ROUND = 0.85  # of the time: what moves is trained a little after that
 
 
 # ---- a basis fitted under the moments ------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def distilled(task: Sentences, start: Result, seconds: float, moving: bool) -> R
     def judge(number: int) -> float:
         return _mean([float(loss(index)) for index in judging[number % JUDGE_ROUNDS :: JUDGE_ROUNDS]])
 
-    student = Moving(model, judge) if moving else tune._Student(model, basis=True)
+    student = Moving(model, judge, time.process_time() + LAST_ROUND * seconds) if moving else tune._Student(model, basis=True)
 
     def trained(place: int) -> Tensor:
         if moving and torch.is_grad_enabled():
