@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -157,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     name = f"rbe {options.command}"
     try:
-        importlib.import_module(f".commands.{options.command.replace('-', '_')}", __package__).run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(name, f"warning: {message}", 0)
+            importlib.import_module(f".commands.{options.command.replace('-', '_')}", __package__).run(options)
         sys.stdout.flush()
         return 0
     except UsageError as error:

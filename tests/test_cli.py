@@ -62,6 +62,11 @@ def json_of(capsys, *arguments: object) -> dict:
     return json.loads(out)
 
 
+def test_a_warning_is_one_line_that_names_the_command(capsys, dense, tmp_path):
+    status, _, err = run(capsys, "compress", dense, tmp_path / "out", "--layout", "rbe22_g32", "--quiet")
+    assert status == 0 and len(err.splitlines()) == 1 and err.startswith("rbe compress: warning: rbe22_g32 loses ")
+
+
 def python(*arguments: object, **keywords) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "rbe_torch", *map(str, arguments)], capture_output=True, text=True, timeout=120, **keywords)
 
