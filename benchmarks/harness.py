@@ -116,11 +116,12 @@ def copies_for_cold(bytes_each: int) -> int:
     return max(2, math.ceil(COLD_BYTES / max(1, bytes_each)))
 
 
-def table(rows: list[dict[str, object]], columns: Sequence[str]) -> str:
+def table(rows: list[dict], columns: Sequence) -> str:
     """A Markdown table."""
+    head = [str(column) for column in columns]
     body = [[str(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(line[i]) for line in body), 1) for i, column in enumerate(columns)]
-    lines = [list(columns), ["-" * w for w in widths], *body]
+    widths = [max(len(name), *(len(line[i]) for line in body), 1) for i, name in enumerate(head)]
+    lines = [head, ["-" * w for w in widths], *body]
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 

@@ -74,6 +74,23 @@ def run_case(text: str, m: int, n: int, tokens: int, accuracy: str, machine: har
     }  # fmt: skip
 
 
+def overview(rows: list[dict[str, object]]) -> str:
+    """A table for each size: times dense by minimum (by median), a column for each number of tokens."""
+    tables = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        lines: dict[str, dict[str, object]] = {}
+        for row in rows:
+            if row["size"] != size:
+                continue
+            dense = lines.setdefault("dense, ms", {size: "dense, ms"})
+            dense.setdefault(row["tokens"], row["dense ms"])
+            name = f"{row['layout']} {row['class']}"
+            lines.setdefault(name, {size: name})[row["tokens"]] = f"{float(row['speed-up']):.1f} ({float(row['by median']):.1f})"
+        tokens = sorted({row["tokens"] for row in rows if row["size"] == size})
+        tables.append(harness.table(list(lines.values()), [size, *tokens]))
+    return "\n\n".join(tables)
+
+
 def plot(rows: list[dict[str, object]], path) -> None:
     import matplotlib
 
@@ -105,6 +122,7 @@ def main() -> None:
                     run = functools.partial(run_case, text, m, n, tokens, accuracy, seconds=arguments.seconds)
                     cases[f"{text} {m}x{n} {tokens} {accuracy}"] = run
     rows, path = harness.run_cases(arguments, "linear", cases)
+    print("\n" + overview(rows))
     plot(rows, path.with_suffix(".png"))
     print(f"written: {path.with_suffix('.png')}")
 
