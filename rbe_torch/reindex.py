@@ -39,7 +39,7 @@ class Reindexer:
     ValueError says so.
 
     `moved` counts codes, `accepted` and `refused` layer exchanges. For transformers' Trainer:
-    Trainer(callbacks=[reindexer.transformers_callback()]); Lightning finds `on_train_batch_end`. torch.compile: hooks are on the layers for
+    Trainer(callbacks=[reindexer.transformers_callback()]); Lightning's Trainer(callbacks=[reindexer.lightning_callback()]). torch.compile: hooks are on the layers for
     `batches` steps before a move, for which compiled models are traced once more.
     """
 
@@ -87,6 +87,10 @@ class Reindexer:
             self._arm()
         else:
             self._disarm()
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """The hook of that name of Lightning and its kind, for a loop that calls hooks itself; Lightning's Trainer wants lightning_callback()."""
+        self.step()
 
     def transformers_callback(self) -> Any:
         """A transformers.TrainerCallback that calls step after each optimiser step."""
