@@ -169,6 +169,8 @@ typedef struct rbe_kernels {
     // The same in float32 from the basis in L1, NULL where the ISA has none, for up to 4 stages and groups of 8; avx512/lookup.c has the formula. tokens: 1, 4, 8 or 16.
     // 64 rows of interleaved codes, x [ceil(cols / 16)][tokens][16] -> y [64][tokens]
     void (*lookup_rows)(int64_t stages, int64_t cols, const uint8_t *idx, const float *basis, const float *x, int64_t tokens, float *y);
+    // The rows alone, as split rows of 1 or 3 pieces for gemm_split.
+    void (*lookup_split)(int64_t stages, int64_t cols, const uint8_t *idx, const float *basis, int pieces, uint16_t *out);
 
     // 64 x 64 bytes: out[c*out_row + r] = in[r*in_row + c], or NULL.
     void (*turn_bytes)(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);
@@ -289,6 +291,7 @@ void rbe_few_tables__avx512(int64_t groups, int64_t stages, int64_t g, int64_t d
 void rbe_few_rows__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t width, const float *p, float *y);
 void rbe_few_interleaved__avx512(int64_t rows, int64_t count, const uint8_t *idx, int64_t tile, int64_t width, const float *p, float *y);
 void rbe_lookup_rows__avx512(int64_t stages, int64_t cols, const uint8_t *idx, const float *basis, const float *x, int64_t tokens, float *y);
+void rbe_lookup_split__avx512amx(int64_t stages, int64_t cols, const uint8_t *idx, const float *basis, int pieces, uint16_t *out);
 void rbe_turn_bytes__avx512vbmi(const uint8_t *in, int64_t in_row, uint8_t *out, int64_t out_row);
 bool rbe_lut8_quantise__avx512vbmi(int64_t count, const float *p, int planes, uint8_t *table, float *factor);
 void rbe_lut8_rows__avx512vbmi(int64_t rows, int64_t count, const uint8_t *idx, int64_t idx_row, int64_t tokens, int planes,

@@ -37,6 +37,7 @@ static const rbe_kernels avx512fp16 = {
 #endif
 static const rbe_kernels avx512amx = {.isa = "avx512", .name = "avx512amx", .split_rows = rbe_split_rows__avx512amx,
                                       .split_cols = rbe_split_cols__avx512amx, .split_both = rbe_split_both__avx512amx, .gemm_split = rbe_gemm_split__avx512amx,
+                                      .lookup_split = rbe_lookup_split__avx512amx,
                                       .split_begin = rbe_split_begin__avx512amx, .split_end = rbe_split_end__avx512amx,
                                       .digits_of_basis = rbe_digits_of_basis__avx512amx,
                                       .digits_of_tokens = rbe_digits_of_tokens__avx512amx, .digits_of_codes = rbe_digits_of_codes__avx512amx,

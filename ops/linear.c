@@ -49,5 +49,6 @@ rbe_status rbe_linear(const rbe_weight *w, const rbe_matrix *x, const void *bias
     if (path == RBE_PATH_LUT8) return rbe_linear_lut8(&job, err);
     if (path == RBE_PATH_FEW) return rbe_linear_few(&job, err);
     if (path == RBE_PATH_LOOKUP) return rbe_linear_lookup(&job, err);
+    if (path == RBE_PATH_LOOKUP_SPLIT) return rbe_linear_lookup_split(&job, err);
     return path == RBE_PATH_DIGITS ? rbe_linear_digits(&job, err) : run_floats(&job, path, err);
 }

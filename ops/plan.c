@@ -25,6 +25,7 @@ static const double FEW_CODE[] = {21.0, 32.0};               // one code, 4 or 8
 static const double FEW_LANE = 2.0;                          // one token of an entry of their tables
 static const double LOOKUP_WEIGHT[] = {6.0, 13.0, 21.0};     // one weight, 4, 8 or 16 tokens at once
 static const double LOOKUP_STAGE = 2.0;                      // and one stage of it
+static const double LOOKUP_SPLIT[] = {19.0, 0.6, 7.1}, LOOKUP_SPLIT_FAST[] = {8.0, 1.2, 3.5};  // one weight, a stage of it, one weight and 16 tokens
 static const double DIGIT_CODE[] = {0.0, 15.0, 30.0, 52.0};  // one, two, three digits of eight weights of one code, looked up
 static const double DIGIT_TILE[] = {0.0, 1.8, 3.3, 6.7};     // one weight and 16 tokens on the matrix unit
 static const double DIGIT_BASIS = 40.0, DIGIT_X = 12.0;      // a digit of an entry of the basis; an entry of x
@@ -84,6 +85,14 @@ static double few_cost(double codes, double table, int64_t tokens) {
 
 static bool has_lookup(const rbe_kernels *kernels, const rbe_layout *l) { return kernels->lookup_rows && l->group == 8 && l->stages <= 4; }
 
+static bool has_lookup_split(const rbe_kernels *kernels, const rbe_layout *l) { return kernels->lookup_split && l->group == 8 && l->stages <= 4; }
+
+static double lookup_split_cost(const rbe_layout *l, double weights, int64_t cols, int64_t tokens, bool fast) {
+    const double made = fast ? LOOKUP_SPLIT_FAST[0] + LOOKUP_SPLIT_FAST[1] * l->stages : LOOKUP_SPLIT[0] + LOOKUP_SPLIT[1] * l->stages;
+    return weights * (made * (double)((tokens + 127) / 128) + (fast ? LOOKUP_SPLIT_FAST[2] : LOOKUP_SPLIT[2]) * (double)((tokens + 15) / 16)) +
+           DIGIT_X * (double)cols * (double)tokens;
+}
+
 static double lookup_cost(const rbe_layout *l, double weights, int64_t tokens) {
     return weights * (LOOKUP_WEIGHT[tokens <= 4 ? 0 : tokens <= 8 ? 1 : 2] + LOOKUP_STAGE * l->stages);
 }
@@ -97,13 +106,14 @@ static rbe_path plan_bytes(const rbe_kernels *kernels, const rbe_layout *l, int6
     const bool turned = form != RBE_FORM_INTERLEAVED;
     rbe_path path = otherwise;
     const double tiles = codes * (turned ? TURN_TILE * (signs ? 2.0 : 1.0) : 0.0);
-    double cost[4] = {codes * (turned ? TURN_CODE : 0.0) + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
-                      few_cost(codes, table, tokens), tiles + lookup_cost(l, weights, tokens), tiles + digits_cost(l, weights, cols, tokens, fast)};
-    const rbe_path paths[4] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_DIGITS};
-    const bool can[4] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
-                         kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
-                         has_lookup(kernels, l) && !signs && tokens <= TOKENS_LUT8, has_digits(kernels, l, fast)};
-    for (int i = 0; i < 4; ++i) {
+    const double cost[] = {codes * (turned ? TURN_CODE : 0.0) + codes * (fast ? LOOKUP : LOOKUP_EXACT) * t + table * t * (fast ? BYTE_TABLE : BYTE_TABLE_EXACT),
+                           few_cost(codes, table, tokens), tiles + lookup_cost(l, weights, tokens), tiles + lookup_split_cost(l, weights, cols, tokens, fast),
+                           tiles + digits_cost(l, weights, cols, tokens, fast)};
+    const rbe_path paths[] = {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_LOOKUP_SPLIT, RBE_PATH_DIGITS};
+    const bool can[] = {kernels->lut8_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
+                        kernels->few_rows && !signs && tokens <= TOKENS_LUT8 && l->group <= GROUP_LUT8,
+                        has_lookup(kernels, l) && !signs && tokens <= TOKENS_LUT8, has_lookup_split(kernels, l) && !signs, has_digits(kernels, l, fast)};
+    for (int i = 0; i < 5; ++i) {
         if (!can[i] || cost[i] >= most) continue;
         most = cost[i];
         path = paths[i];
@@ -122,6 +132,7 @@ static bool has_path(const rbe_kernels *kernels, const rbe_layout *l, rbe_path p
         case RBE_PATH_LUT8: return bytes && kernels->lut8_rows;
         case RBE_PATH_FEW: return bytes && kernels->few_rows;
         case RBE_PATH_LOOKUP: return bytes && has_lookup(kernels, l);
+        case RBE_PATH_LOOKUP_SPLIT: return bytes && has_lookup_split(kernels, l);
         case RBE_PATH_DIGITS: return form != RBE_FORM_WORDS && has_digits(kernels, l, fast);
         default: return true;
     }
@@ -178,6 +189,7 @@ int rbe_describe_linear(const rbe_layout *layout, int64_t rows, int64_t cols, in
         [RBE_PATH_LUT8] = "table of bytes: 8-bit lookups",
         [RBE_PATH_FEW] = "table of few tokens, additions from memory",
         [RBE_PATH_LOOKUP] = "looked up in the basis, multiplied on the way",
+        [RBE_PATH_LOOKUP_SPLIT] = "looked up in the basis, matrix unit",
         [RBE_PATH_DIGITS] = "decode to bytes, matrix unit",
         [RBE_PATH_DECODE_DOT] = "decode a row, dot products",
         [RBE_PATH_DECODE] = "decode a tile, dense micro-kernel",

@@ -17,6 +17,7 @@ typedef enum rbe_path {
     RBE_PATH_LUT8,         // P in bytes
     RBE_PATH_FEW,          // P for 4 or 8 tokens in L1
     RBE_PATH_LOOKUP,       // W from the basis in L1, multiplied on the way
+    RBE_PATH_LOOKUP_SPLIT, // the same, multiplied on the matrix unit
     RBE_PATH_DIGITS,       // digits of bytes on the matrix unit
     RBE_PATH_DECODE_DOT,   // a decoded row against few tokens
     RBE_PATH_DECODE,       // a decoded tile in a dense product

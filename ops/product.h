@@ -144,6 +144,7 @@ rbe_status rbe_linear_floats(rbe_job *job, rbe_error *err);  // the path without
 rbe_status rbe_linear_lut8(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_few(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_lookup(rbe_job *job, rbe_error *err);
+rbe_status rbe_linear_lookup_split(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_digits(rbe_job *job, rbe_error *err);
 rbe_status rbe_linear_decode(rbe_job *job, bool dot, rbe_error *err);
 

@@ -32,5 +32,6 @@ void rbe_finish_tile(const rbe_job *job, int64_t t0, int64_t tokens, int64_t fir
         const float gain = ((const float *)job->w->gain)[first + r], bias = job->bias ? job->bias[first + r] : 0.0f;
         for (int64_t t = 0; t < width; ++t) sums[r * width + t] = sums[r * width + t] * gain + bias;
     }
-    rbe_store_tile(job->kernels, job->y, t0, tokens, first, rows, sums, width);
+    for (int64_t t = 0; t < tokens; t += RBE_TILE_MAX)
+        rbe_store_tile(job->kernels, job->y, t0 + t, rbe_min(RBE_TILE_MAX, tokens - t), first, rows, sums + t, width);
 }

@@ -6,20 +6,12 @@
 // 16 sums stay in registers, of 16 / tokens rows, and their lanes are added up every CHUNK vectors of columns: x and the offsets of those stay in L1
 // beside the basis.
 #define RBE_SIMD_AVX512
-#include "places.h"
+#include "lookup.h"
 #include "../simd/simd.h"
 
-enum { G = 8, SUMS = 16, CHUNK = 16, STAGES_MAX = 4 };
+enum { SUMS = 16 };
 
-V_INLINE __m256 half_of(const int stages, const uint16_t *place, const float *basis) {
-    __m256 sum = _mm256_loadu_ps((const float *)(const void *)((const char *)basis + place[0]));
-#pragma GCC unroll 4
-    for (int s = 1; s < stages; ++s)
-        sum = _mm256_add_ps(sum, _mm256_loadu_ps((const float *)(const void *)((const char *)(basis + s * RBE_BASIS_VECTORS * G) + place[s])));
-    return sum;
-}
-
-// All 64 rows, in the order of turn_columns. last: the columns of the last vector that exist; what pads the basis there must not be met.
+// All 64 rows, in the order of turn_columns. last: the columns of the last vector that exist.
 V_INLINE void add_vectors(const int stages, const int tokens, int64_t vectors, __mmask16 last, const places *at, uintptr_t ahead,
                          const float *basis, const float *x, float *y) {
     const int each = STAGES_MAX / stages, rows = SUMS / tokens;
@@ -34,8 +26,7 @@ V_INLINE void add_vectors(const int stages, const int tokens, int64_t vectors, _
             const uint16_t *place = at[v / each].of[r0] + v % each * 2 * stages;
 #pragma GCC unroll 16
             for (int r = 0; r < rows; ++r) {
-                const __m256 low = half_of(stages, place + 8 * r, basis), high = half_of(stages, place + 8 * r + stages, basis);
-                const __m512 w = _mm512_maskz_insertf32x8(mask, _mm512_castps256_ps512(low), high, 1);
+                const __m512 w = vector_of(stages, place + 8 * r, basis, mask);
 #pragma GCC unroll 16
                 for (int t = 0; t < tokens; ++t)
                     sum[r * tokens + t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + (v * tokens + t) * 16), sum[r * tokens + t]);
@@ -58,15 +49,12 @@ V_INLINE void add_tokens(const int stages, int64_t tokens, int64_t vectors, __mm
 }
 
 void rbe_lookup_rows__avx512(int64_t stages, int64_t cols, const uint8_t *idx, const float *basis, const float *x, int64_t tokens, float *y) {
-    const int64_t vectors = (cols + 15) / 16, count = (cols + G - 1) / G * stages, each = STAGES_MAX / stages, block = each * 2 * stages;
+    const int64_t vectors = (cols + 15) / 16;
     places at[CHUNK];
     float sums[RBE_LANES * SUMS] __attribute__((aligned(64))) = {0};
     for (int64_t v = 0; v < vectors; v += CHUNK, x += CHUNK * tokens * 16) {
         const int64_t some = vectors - v < CHUNK ? vectors - v : CHUNK;
-        for (int64_t b = 0; b * each < some; ++b) {
-            const int64_t q = (v / each + b) * block, here = count - q < block ? count - q : block;
-            turn_columns(5, idx + q * RBE_LANES, here, at + b);
-        }
+        turn_vectors(stages, cols, v, some, idx, at);
         const uintptr_t ahead = (uintptr_t)idx + (uintptr_t)((v + CHUNK) * 2 * stages * RBE_LANES);  // the next vectors', or outside any array
         const __mmask16 last = v + some < vectors || cols % 16 == 0 ? (__mmask16)0xFFFF : (__mmask16)((1u << cols % 16) - 1u);
         switch (stages) {

@@ -54,12 +54,12 @@ TEST(Interleave, OtherFieldsAreRefused) {
 TEST(Bytes, FormsOfTheCodesGiveTheSameBits) {
     for (const std::string &isa : host_isas()) {
         for (rbe_path path : {RBE_PATH_TABLE, RBE_PATH_TABLE_TOKEN, RBE_PATH_DECODE_DOT, RBE_PATH_DECODE, RBE_PATH_LUT8, RBE_PATH_FEW,
-                              RBE_PATH_LOOKUP, RBE_PATH_DIGITS}) {
+                              RBE_PATH_LOOKUP, RBE_PATH_LOOKUP_SPLIT, RBE_PATH_DIGITS}) {
             for (const char *layout : {"rbe8x2_g8", "rbe8x3_g8", "rbe8_g5", "rbe8x3_g4"}) {
                 // without the path the plan decides, which weighs what turning the codes costs
                 if ((path == RBE_PATH_FEW || path == RBE_PATH_LOOKUP) && !has_few(isa)) continue;
-                if (path == RBE_PATH_LOOKUP && !std::strstr(layout, "_g8")) continue;
-                if ((path == RBE_PATH_LUT8 && !has_lookups(isa)) || (path == RBE_PATH_DIGITS && !has_digits(isa))) continue;
+                if ((path == RBE_PATH_LOOKUP || path == RBE_PATH_LOOKUP_SPLIT) && !std::strstr(layout, "_g8")) continue;
+                if ((path == RBE_PATH_LUT8 && !has_lookups(isa)) || ((path == RBE_PATH_DIGITS || path == RBE_PATH_LOOKUP_SPLIT) && !has_digits(isa))) continue;
                 const Using use(isa, path);
                 std::mt19937 one(3), other(3);
                 Forward packed(layout, 77, 203, 5, one, Weight::kPacked), interleaved(layout, 77, 203, 5, other, Weight::kInterleaved);
@@ -120,6 +120,13 @@ TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
                             f.run(RBE_ACCURACY_EXACT);
                             expect_rows_near(f, kFloat32Error, what + " lookup");
                         }
+                        if (has_digits(isa) && !flipped && what.find("_g8 ") != std::string::npos) {
+                            const Using use(isa, RBE_PATH_LOOKUP_SPLIT);
+                            f.run(RBE_ACCURACY_EXACT);
+                            expect_rows_near(f, kFloat32Error, what + " lookup, matrix unit");
+                            f.run(RBE_ACCURACY_FAST);
+                            expect_rows_near(f, kByteError, what + " lookup, matrix unit, fast");
+                        }
                         if (has_lookups(isa) && !flipped && tokens <= 3) {
                             const Using use(isa, RBE_PATH_LUT8);
                             f.run(RBE_ACCURACY_FAST);
@@ -144,6 +151,26 @@ TEST(Bytes, EverySizeErrsByNoMoreThanItsClass) {
     }
 }
 
+// More columns and tokens than are taken together, with what is left of them.
+TEST(Bytes, LookedUpRowsOnTheMatrixUnitInSeveralParts) {
+    std::mt19937 random(12);
+    for (const std::string &isa : host_isas()) {
+        if (!has_digits(isa)) continue;
+        const Using use(isa, RBE_PATH_LOOKUP_SPLIT);
+        for (const char *layout : {"rbe8_g8", "rbe8x2_g8", "rbe8x3_g8", "rbe8x4_g8"}) {
+            for (rbe_dtype dtype : {RBE_F32, RBE_BF16}) {
+                const double rounding = dtype == RBE_F32 ? 0.0 : 6.0 * kBfloat16Step;
+                Forward f(layout, 130, 1063, 150, random, dtype == RBE_F32 ? Weight::kPacked : Weight::kInterleaved, dtype);
+                f.reference();
+                f.run(RBE_ACCURACY_EXACT);
+                expect_rows_near(f, kFloat32Error + rounding, std::string(layout) + " " + isa);
+                f.run(RBE_ACCURACY_FAST);
+                expect_rows_near(f, kByteError + rounding, std::string(layout) + " fast " + isa);
+            }
+        }
+    }
+}
+
 // Activations of every type, in any strides, that no path may read or write outside of.
 TEST(Bytes, TypesAndStrides) {
     std::mt19937 random(9);
@@ -155,7 +182,7 @@ TEST(Bytes, TypesAndStrides) {
                     Forward f(layout, 77, 90, tokens, random, Weight::kPacked, dtype, shape, shape == Matrix::kSpaced ? Matrix::kPadded : shape);
                     f.reference();
                     for (const std::string &isa : host_isas()) {
-                        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_DIGITS}) {
+                        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_LOOKUP_SPLIT, RBE_PATH_DIGITS}) {
                             const Using use(isa, path);
                             const std::vector<char> before = f.y.surroundings();
                             // the rounding of y is to a step of y, at most some times the root mean square of a row
@@ -259,7 +286,7 @@ TEST(Bytes, DigitsOfManyColumnsDoNotOverflow) {
 TEST(Bytes, ZeroTinyAndHugeInputs) {
     std::mt19937 random(8);
     for (const std::string &isa : host_isas()) {
-        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_DIGITS}) {
+        for (rbe_path path : {RBE_PATH_LUT8, RBE_PATH_FEW, RBE_PATH_LOOKUP, RBE_PATH_LOOKUP_SPLIT, RBE_PATH_DIGITS}) {
             for (double value : {0.0, 1e-42, 1e-30, 1e30}) {
                 Forward f("rbe8x2_g8", 70, 64, 1, random, Weight::kPacked);
                 for (int64_t j = 0; j < 64; ++j) f.x.set(0, j, value);
