@@ -264,7 +264,7 @@ def _model_losses(
                                 parts = [
                                     float(distance(call.run(model), want, call.mask)) for call, want in zip(judges, wanted, strict=True)
                                 ]
-                            losses[entry.name][str(layout)] = sum(parts) / len(parts)
+                            losses[entry.name][str(layout)] = max(0.0, sum(parts) / len(parts))  # of a layer that the output does not use
                             bar.step(1, entry.name)
     finally:
         for module in training:
