@@ -160,6 +160,8 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         if "failed" in row or row["bits"] > MOST_BITS:
             continue
         kinds.setdefault(kind_of(name), []).append((row["bits"], row["cosine"]))
+    if not kinds:
+        return
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     colours = {own: cycle(pyplot.colormaps["Dark2" if own else "tab10"].colors) for own in (True, False)}
     for kind, points in sorted(kinds.items(), key=lambda item: not item[0].startswith("rbe")):

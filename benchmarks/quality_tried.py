@@ -1,4 +1,4 @@
-"""Two things that were tried on all-MiniLM-L6-v2 and are not in rbe_torch, because they bring next to nothing: what each of them does.
+"""Two things that were tried on all-MiniLM-L6-v2 and are not in rbe_torch, because they bring little: what each of them does.
 
     python benchmarks/quality_tried.py --data DIR [--tune 2] [--only "refitted"]
 
