@@ -204,3 +204,20 @@ def test_the_whole_protocol_in_small_goes_on_and_has_its_curve(inputs, tmp_path)
     cut, whole = (json.loads((tmp_path / out / "hbbert_whole_ours8.json").read_text()) for out in ("cut", "whole"))
     assert [entry["step"] for entry in whole["curve"]] == [2, 4] and whole["settings"]["shared"] and cut["f1"] == whole["f1"]
     assert set(whole["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"}
+    done = script("hbbert_errors.py", inputs, tmp_path / "whole", "--space", "ours 8")
+    assert done.returncode == 0, done.stderr
+    for kind in ("random", "hard"):
+        rows = json.loads((tmp_path / "whole" / "hbbert_errors_ours8.json").read_text())[kind]["rows"]
+        right, wrong = ([row for row in rows if row["pairs"].startswith(name)] for name in ("right", "wrong"))
+        pairs, found, false = sum(row["count"] for row in right), *(sum(row["count"] * row["accepted"] for row in part) for part in (right, wrong))
+        assert pairs == whole["test_pairs"]["mixed"] and sum(row["count"] for row in wrong) == 10 * pairs
+        assert 2 * found / (pairs + found + false) == pytest.approx(whole["f1"][f"mixed {kind}"]["test"])
+
+
+def test_a_run_on_all_direct_pairs_is_judged_by_indirect_ones_alone(inputs, tmp_path):
+    given = ("--batch", 16, "--wrong", 2, "--every", 2, "--space", "hit", "--task", "multi")
+    done = script("hbbert_whole.py", inputs, tmp_path, *given)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "hbbert_whole_hit.json").read_text())
+    assert set(row["f1"]) == {"multi random", "multi hard"} and row["trained_on"] == 120
+    assert {"indirect random", "indirect hard"} < set(row["curve"][0]) and "direct hard" not in row["curve"][0]

@@ -49,6 +49,12 @@ class Options:
     bfloat16: bool = False
     shared: bool = False
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """So many wrong parents of each kind a pair."""
+        hard = round(self.hard * self.wrong)
+        return {"hard": hard, "random": self.wrong - hard}
+
 
 class Names:
     """Token ids of every entity, int64 [entities, longest], padded. ValueError: a name in which the tokenizer knows no word (the message
@@ -113,11 +119,9 @@ def encode_packed(model: nn.Module, names: Names, entities: Tensor, device: torc
 
 def draw(hierarchy: Hierarchy, pairs: Pairs, options: Options, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Of one step: the distinct entities [E], and each triple child, parent, wrong ones as places in them, [batch, 2 + wrong]."""
-    hard = round(options.hard * options.wrong)
     generator = random.Random(options.seed * 1_000_003 + step)  # of the step alone: a resumed run draws the same
     chosen = generator.choices(pairs, k=options.batch)
-    counts = [(kind, count) for kind, count in (("hard", hard), ("random", options.wrong - hard)) if count]
-    wrong = [negatives(hierarchy, chosen, kind, count, generator.randrange(2**31)) for kind, count in counts]
+    wrong = [negatives(hierarchy, chosen, kind, count, generator.randrange(2**31)) for kind, count in options.kinds.items() if count]
     triples = np.concatenate([np.array(chosen, dtype=np.int64), *wrong], 1)
     entities, place = np.unique(triples, return_inverse=True)
     return entities, place.reshape(triples.shape)
@@ -177,11 +181,7 @@ def train(
     saved = time.monotonic()
     model.train()
     for step in range(len(losses), options.steps if stop_at is None else min(stop_at, options.steps)):
-        if families is None:
-            drawn = draw(hierarchy, pairs, options, step)
-        else:
-            hard = round(options.hard * options.wrong)
-            drawn = families.batch(step, hard, options.wrong - hard)
+        drawn = draw(hierarchy, pairs, options, step) if families is None else families.batch(step, *options.kinds.values())
         entities, place = (torch.from_numpy(part) for part in drawn)
         factor = min((step + 1) / max(1, options.steps // 10), (options.steps - step) / max(1, options.steps - options.steps // 10))
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
