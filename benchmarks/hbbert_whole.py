@@ -26,6 +26,7 @@ from hbbert_bench import SPACES, Bench
 from hbbert_head import optimiser_with_head
 from torch import nn
 
+from rbe_torch.hyperbolic.families import FAMILY
 from rbe_torch.hyperbolic.scoring import ALPHA, BETA, best_rule, features
 from rbe_torch.hyperbolic.tasks import NEGATIVES, TASKS, negatives
 from rbe_torch.hyperbolic.training import encode_all, train
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--space", choices=tuple(SPACES), default="ours")
     parser.add_argument("--task", choices=TASKS, default="mixed", help="whose direct pairs are trained on; multi: all; default mixed")
     parser.add_argument("--hard", type=float, default=0.5, help="share of siblings among the wrong parents; default 0.5")
+    parser.add_argument("--family", type=int, default=FAMILY, help=f"children of a parent that come together; default {FAMILY}")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"margin between parents and wrong ones; default HiT's {ALPHA:g}")
     parser.add_argument("--beta", type=float, default=BETA, help=f"margin between a parent's norm and its child's; default HiT's {BETA:g}")
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
@@ -97,7 +99,7 @@ def main() -> int:
     stem = options.out / f"hbbert-whole-{options.space.replace(' ', '')}-{options.seed}"
     bench = Bench(options)
     model = without_dropout(bench.model(options.space))
-    settings = replace(bench.settings, hard=options.hard, alpha=options.alpha, beta=options.beta, shared=True)
+    settings = replace(bench.settings, hard=options.hard, alpha=options.alpha, beta=options.beta, shared=True, family=options.family)
     if options.start is not None:
         model.load_state_dict(torch.load(options.start, weights_only=True)["model"])
         settings = replace(settings, seed=options.seed + 1)  # other epochs; the split is that of --seed

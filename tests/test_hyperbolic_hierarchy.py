@@ -213,6 +213,15 @@ def test_a_batch_that_is_too_small_for_its_wrong_parents_is_refused():
         Families(hierarchy, hierarchy.edges, 4).batch(0, 10, 10)
     with pytest.raises(ValueError, match="batch: is 200, must be positive and at most the 120 pairs"):
         Families(hierarchy, hierarchy.edges, 200)
+    with pytest.raises(ValueError, match="family: is 0, must be positive"):
+        Families(hierarchy, hierarchy.edges, 40, family=0)
+
+
+@pytest.mark.parametrize(("family", "together"), [(3, True), (1, False)])
+def test_children_of_a_parent_come_together_up_to_the_family(family, together):
+    hierarchy = tree()  # three children each
+    parents = np.array(hierarchy.edges)[Families(hierarchy, hierarchy.edges, 40, family=family).order(0), 1]
+    assert (np.count_nonzero(np.diff(parents)) + 1 == len(set(parents.tolist()))) == together
 
 
 def test_small_hierarchies_are_refused_or_repeat():

@@ -15,7 +15,7 @@ import numpy as np
 from .hierarchy import Hierarchy
 from .tasks import Pairs
 
-FAMILY = 8  # children of one parent that come together
+FAMILY = 16  # children of a parent that come together; 10 siblings can then be wrong parents, as in the hard pairs of tasks.py
 
 
 class Lists:
@@ -34,29 +34,32 @@ class Lists:
 
 
 class Families:
-    """Batches of `size` pairs, in epochs over all of `pairs`; batch number `step` follows from the seed and `step` alone.
+    """Batches of `size` pairs, in epochs over all of `pairs`; up to `family` children of a parent come together. Batch number `step` follows
+    from the seed and `step` alone.
 
-    ValueError: fewer pairs than `size`.
+    ValueError: fewer pairs than `size`, or a family without children.
     """
 
-    def __init__(self, hierarchy: Hierarchy, pairs: Pairs, size: int, seed: int = 0) -> None:
+    def __init__(self, hierarchy: Hierarchy, pairs: Pairs, size: int, seed: int = 0, family: int = FAMILY) -> None:
         if not 0 < size <= len(pairs):
             raise ValueError(f"batch: is {size}, must be positive and at most the {len(pairs)} pairs there are")
-        self.pairs, self.size, self.seed = np.array(pairs, dtype=np.int64), size, seed
+        if family < 1:
+            raise ValueError(f"family: is {family}, must be positive")
+        self.pairs, self.size, self.seed, self.family = np.array(pairs, dtype=np.int64), size, seed, family
         self.above = Lists([sorted(found) for found in hierarchy.ancestors])
         self.siblings = Lists([sorted({s for p in found for s in hierarchy.children[p]}) for found in hierarchy.parents])
         self.place = np.full(len(hierarchy.names), -1)
         self.order = functools.lru_cache(1)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The pairs, families of at most FAMILY siblings next to one another."""
+        """The pairs, families of at most `family` siblings next to one another."""
         generator = np.random.default_rng((self.seed, epoch))
         shuffled = generator.permutation(len(self.pairs))
         by_parent = shuffled[self.pairs[shuffled, 1].argsort(kind="stable")]
         parent = self.pairs[by_parent, 1]
         first = np.flatnonzero(np.diff(parent, prepend=-1))
         rank = np.arange(len(parent)) - first.repeat(np.diff(first, append=len(parent)))
-        family = (np.diff(parent, prepend=-1) != 0) | (rank % FAMILY == 0)
+        family = (np.diff(parent, prepend=-1) != 0) | (rank % self.family == 0)
         number = generator.permutation(family.sum())[family.cumsum() - 1]
         return by_parent[number.argsort(kind="stable")]
 

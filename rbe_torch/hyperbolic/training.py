@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rates import param_groups
-from .families import Families
+from .families import FAMILY, Families
 from .hierarchy import Hierarchy
 from .packing import pack
 from .scoring import ALPHA, BETA, hierarchy_loss
@@ -35,7 +35,8 @@ CURVATURE_RATE = 1e-2  # of log(c), a number of order 1; the weights' rates woul
 class Options:
     """steps of `batch` pairs. lr: of dense weights; amplitudes take 100 lr rbe_rate, a trained basis 50 lr rbe_rate. hard: share of
     hard negatives. bfloat16: products of the encoder in that type (autocast); points, distances and weights stay float32. shared: wrong
-    parents are taken from the batch, in which siblings come together, and names are encoded without padding: families.py, packing.py."""
+    parents are taken from the batch, in which up to `family` children of a parent come together, and names are encoded without padding:
+    families.py, packing.py."""
 
     steps: int = 300
     batch: int = 32
@@ -48,6 +49,7 @@ class Options:
     seed: int = 0
     bfloat16: bool = False
     shared: bool = False
+    family: int = FAMILY
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -177,7 +179,7 @@ def train(
         optimiser.load_state_dict(state["optimiser"])
         losses = state["losses"]
         torch.set_rng_state(state["rng"].cpu())
-    families = Families(hierarchy, pairs, options.batch, options.seed) if options.shared else None
+    families = Families(hierarchy, pairs, options.batch, options.seed, options.family) if options.shared else None
     saved = time.monotonic()
     model.train()
     for step in range(len(losses), options.steps if stop_at is None else min(stop_at, options.steps)):
