@@ -89,10 +89,16 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between points of the validation curve; default 100")
     parser.add_argument("--watched", type=int, default=400, help="validation pairs of each kind that the curve is of; default 400")
     parser.add_argument("--start", type=Path, help="checkpoint of an earlier run of this script, whose weights this one begins with")
+    parser.add_argument(
+        "--start-share", type=float, default=0.0,
+        help="judge a mean of weights, so much of --start's and the rest of the trained ones; given anew for a finished run it judges again",
+    )  # fmt: skip
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command without it goes on")
     parser.add_argument("--judge", action="store_true", help="with --stop-at: the result of the run as far as it has come")
     parser.set_defaults(below=None, bfloat16=True, steps=1000, batch=512, wrong=10, lr=5e-4, device="cpu")
     options = parser.parse_args()
+    if options.start_share and options.start is None:
+        parser.error(f"--start-share: is {options.start_share:g} without --start, whose weights it is of")
     options.full = options.below is None
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +107,8 @@ def main() -> int:
     model = without_dropout(bench.model(options.space))
     settings = replace(bench.settings, hard=options.hard, alpha=options.alpha, beta=options.beta, shared=True, family=options.family)
     if options.start is not None:
-        model.load_state_dict(torch.load(options.start, weights_only=True)["model"])
+        start = torch.load(options.start, weights_only=True)["model"]
+        model.load_state_dict(start)
         settings = replace(settings, seed=options.seed + 1)  # other epochs; the split is that of --seed
     curve = stem.with_suffix(".curve.jsonl")
     losses = train(
@@ -110,6 +117,8 @@ def main() -> int:
     )  # fmt: skip
     if options.stop_at is not None and options.stop_at < options.steps and not options.judge:
         return 0
+    if options.start_share:
+        model.load_state_dict({key: value.lerp(start[key], options.start_share) for key, value in model.state_dict().items()})
     points = bench.points(model)
     torch.save(points, stem.with_suffix(".points.pt"))
     if options.task == "mixed":
@@ -122,7 +131,7 @@ def main() -> int:
     row = {
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "space": {"name": options.space, **asdict(SPACES[options.space])}, "task": options.task, "settings": asdict(settings),
-        "steps": len(losses), "start": None if options.start is None else str(options.start),
+        "steps": len(losses), "start": options.start and str(options.start), "start_share": options.start_share,
         "entities": len(bench.hierarchy.names), "trained_on": len(bench.splits[options.task].train),
         "test_pairs": {task: len(parts.test) for task, parts in bench.splits.items()},
         "curvature": c, "scale": float(model.log_scale.exp().detach()) if hasattr(model, "log_scale") else None,

@@ -221,3 +221,18 @@ def test_a_run_on_all_direct_pairs_is_judged_by_indirect_ones_alone(inputs, tmp_
     row = json.loads((tmp_path / "hbbert_whole_hit.json").read_text())
     assert set(row["f1"]) == {"multi random", "multi hard"} and row["trained_on"] == 120
     assert {"indirect random", "indirect hard"} < set(row["curve"][0]) and "direct hard" not in row["curve"][0]
+
+
+def test_the_mean_of_two_runs_weights_is_judged_without_training_again(inputs, tmp_path):
+    fixed = ("--batch", 16, "--wrong", 2, "--every", 2, "--space", "hit")
+    assert script("hbbert_whole.py", inputs, tmp_path / "first", *fixed).returncode == 0
+    given = (*fixed, "--start", tmp_path / "first" / "hbbert-whole-hit-0.pt", "--lr", 1e-2)
+    judged = {}
+    for share in (0, 1):
+        done = script("hbbert_whole.py", inputs, tmp_path / "second", *given, "--start-share", share)
+        assert done.returncode == 0, done.stderr
+        judged[share] = torch.load(tmp_path / "second" / "hbbert-whole-hit-0.points.pt"), done.stdout.count('"step"')
+    torch.testing.assert_close(judged[1][0], torch.load(tmp_path / "first" / "hbbert-whole-hit-0.points.pt"), rtol=0, atol=0)
+    assert not torch.equal(judged[0][0], judged[1][0]) and (judged[0][1], judged[1][1]) == (2, 0)
+    done = script("hbbert_whole.py", inputs, tmp_path / "third", *fixed, "--start-share", 0.5)
+    assert done.returncode == 2 and "--start-share: is 0.5 without --start" in done.stderr
