@@ -16,6 +16,7 @@ import torch
 from harness import table
 from hbbert_bench import MANIFOLD, SPACES, Bench
 
+from rbe_torch.hyperbolic.families import FAMILY, Families
 from rbe_torch.hyperbolic.hierarchy import Hierarchy
 from rbe_torch.hyperbolic.layers import Space, manifold_of
 from rbe_torch.hyperbolic.scoring import best_rule, f1_by, features, score
@@ -30,6 +31,19 @@ def hops(hierarchy: Hierarchy, child: int, parent: int) -> int:
     while parent not in level:
         level, count = {above for entity in level for above in hierarchy.parents[entity]}, count + 1
     return count
+
+
+def siblings(hierarchy: Hierarchy, child: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """bool [pairs, wrong]: whether it has a parent of the child's."""
+    return np.array([[not set(hierarchy.parents[w]).isdisjoint(hierarchy.parents[c]) for w in row] for c, row in zip(child, wrong, strict=True)])
+
+
+def trained_on_siblings(bench: Bench, family: int, batches: int = 10) -> float:
+    """The share of siblings among a pair's ten wrong parents in training with --hard 1."""
+    pairs = bench.splits["mixed"].train
+    families = Families(bench.hierarchy, pairs, min(bench.settings.batch, len(pairs)), 1, family)
+    triples = np.concatenate([entities[place] for entities, place in (families.batch(step, bench.settings.wrong, 0) for step in range(batches))])
+    return float(siblings(bench.hierarchy, triples[:, 0], triples[:, 2:]).mean())
 
 
 def means(groups: dict[str, np.ndarray], **facts: np.ndarray) -> list[dict[str, Any]]:
@@ -49,7 +63,7 @@ def errors(bench: Bench, space: Space, points: torch.Tensor, kind: str) -> dict[
     child = np.array([pair[0] for pair in parts.test])
     trained = np.isin(child, [pair[0] for pair in parts.train])
     way = np.array([hops(hierarchy, *pair) for pair in parts.test])
-    sibling = np.array([not set(hierarchy.parents[w]).isdisjoint(hierarchy.parents[c]) for c, row in zip(child, wrong, strict=True) for w in row])
+    sibling = siblings(hierarchy, child, wrong).ravel()
     inner = np.array([bool(found) for found in hierarchy.children])[wrong.ravel()]
     right = {f"right, {title} up": (low <= way) & (way <= high) for title, low, high in HOPS}
     other = {
@@ -69,7 +83,7 @@ def errors(bench: Bench, space: Space, points: torch.Tensor, kind: str) -> dict[
 def main() -> int:
     parser = hbbert.parser(__doc__)
     parser.add_argument("--space", choices=tuple(SPACES), default="hit")
-    parser.set_defaults(below=None, device="cpu")
+    parser.set_defaults(below=None, device="cpu", batch=512, wrong=10)
     options = parser.parse_args()
     options.full = options.below is None
     torch.set_num_threads(options.threads)
@@ -83,8 +97,10 @@ def main() -> int:
         lines = [{key: value if isinstance(value, str | int) else f"{value:.3f}" for key, value in row.items()} for row in facts["rows"]]
         print(f"\nmixed {kind}, lambda {facts['lambda']:g}, F1 " + ", ".join(f"{name} {value:.3f}" for name, value in facts["f1"].items()))
         print(table(lines, columns))
+    shares = {family: trained_on_siblings(bench, family) for family in (FAMILY // 2, FAMILY)}
+    print("\nsiblings among wrong parents in training: " + ", ".join(f"{share:.3f} in families of {family}" for family, share in shares.items()))
     path = options.out / f"hbbert_errors_{name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps({**found, "siblings_in_training": shares}, indent=1) + "\n")
     print(f"\nwritten: {path}")
     return 0
 

@@ -204,10 +204,12 @@ def test_the_whole_protocol_in_small_goes_on_and_has_its_curve(inputs, tmp_path)
     cut, whole = (json.loads((tmp_path / out / "hbbert_whole_ours8.json").read_text()) for out in ("cut", "whole"))
     assert [entry["step"] for entry in whole["curve"]] == [2, 4] and whole["settings"]["shared"] and cut["f1"] == whole["f1"]
     assert set(whole["f1"]) == {"multi random", "multi hard", "mixed random", "mixed hard"}
-    done = script("hbbert_errors.py", inputs, tmp_path / "whole", "--space", "ours 8")
+    done = script("hbbert_errors.py", inputs, tmp_path / "whole", *given[:4], "--space", "ours 8")
     assert done.returncode == 0, done.stderr
     for kind in ("random", "hard"):
-        rows = json.loads((tmp_path / "whole" / "hbbert_errors_ours8.json").read_text())[kind]["rows"]
+        facts = json.loads((tmp_path / "whole" / "hbbert_errors_ours8.json").read_text())
+        rows = facts[kind]["rows"]
+        assert 0 < facts["siblings_in_training"]["8"] <= 1
         right, wrong = ([row for row in rows if row["pairs"].startswith(name)] for name in ("right", "wrong"))
         pairs, found, false = sum(row["count"] for row in right), *(sum(row["count"] * row["accepted"] for row in part) for part in (right, wrong))
         assert pairs == whole["test_pairs"]["mixed"] and sum(row["count"] for row in wrong) == 10 * pairs
