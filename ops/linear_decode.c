@@ -21,10 +21,6 @@ typedef struct pass {
     uint16_t *split;  // [TOKENS / width][chunks of columns][rbe_split_size(width, columns)], or NULL
 } pass;
 
-// In the fast class W is rounded to bfloat16, as a dense bfloat16 layer's would be: a root mean square error of 1.1e-3.
-static int weight_pieces(const rbe_job *job) { return job->fast ? 1 : RBE_WHOLE; }
-static int activation_pieces(const rbe_job *job) { return job->fast && job->x->dtype == RBE_F32 ? 1 : rbe_pieces(job->x->dtype, job->fast); }
-
 static int64_t chunk_columns(const pass *s) { return rbe_min(s->chunk * s->job->w->layout.group, s->job->w->cols); }
 static int64_t split_chunk_size(const pass *s) { return rbe_split_size(s->width, chunk_columns(s)); }
 static uint16_t *split_chunk(const pass *s, int64_t tile, int64_t k0) {
@@ -45,7 +41,7 @@ static void load_tiles(int64_t begin, int64_t end, void *context) {
         for (int64_t k0 = 0; s->split && k0 < w->groups; k0 += s->chunk) {
             const int64_t j0 = k0 * w->layout.group, cols = rbe_min(chunk_columns(s), w->cols - j0);
             rbe_load_tile(kernels, s->job->x, s->t0 + t, tokens, j0, cols, copy, s->width);
-            kernels->split_cols(cols, s->width, copy, s->width, activation_pieces(s->job), split_chunk(s, i, k0));
+            kernels->split_cols(cols, s->width, copy, s->width, rbe_activation_pieces(s->job), split_chunk(s, i, k0));
         }
     }
     rbe_scratch_end(mark);
@@ -71,11 +67,11 @@ static bool take_buffers(const pass *s, int64_t rows, buffers *b) {
 static void multiply_tile(const pass *s, const buffers *b, int64_t i0, int64_t some, int64_t rows, int64_t k0, int64_t cols) {
     const rbe_kernels *kernels = s->job->kernels;
     const int64_t width = s->width, tiles = (s->tokens + width - 1) / width, j0 = k0 * s->job->w->layout.group;
-    if (s->split) kernels->split_rows(some, cols, b->tile, b->reach, weight_pieces(s->job), b->split);
+    if (s->split) kernels->split_rows(some, cols, b->tile, b->reach, rbe_weight_pieces(s->job), b->split);
     for (int64_t n = 0; n < tiles; ++n) {
         float *y = b->y + (n * rows + i0) * width;
         if (s->split)
-            kernels->gemm_split(some, cols, width, b->split, weight_pieces(s->job), split_chunk(s, n, k0), activation_pieces(s->job), y, width,
+            kernels->gemm_split(some, cols, width, b->split, rbe_weight_pieces(s->job), split_chunk(s, n, k0), rbe_activation_pieces(s->job), y, width,
                                 true);
         else
             kernels->gemm(some, cols, width, b->tile, b->reach, 1, s->x + (n * s->job->w->cols + j0) * width, width, y, width, true);

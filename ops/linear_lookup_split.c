@@ -71,7 +71,7 @@ rbe_status rbe_linear_lookup_split(rbe_job *job, rbe_error *err) {
     const int64_t tiles = (job->w->rows + RBE_LANES - 1) / RBE_LANES, chunks = (job->w->cols + COLUMNS - 1) / COLUMNS;
     const int64_t most = (rbe_min(TOKENS, job->x->rows) + 15) / 16 * 16;
     const rbe_scratch_mark mark = rbe_scratch_begin();
-    pass s = {.job = job, .w_pieces = job->fast ? 1 : RBE_WHOLE, .x_pieces = job->fast && job->x->dtype == RBE_F32 ? 1 : rbe_pieces(job->x->dtype, job->fast),
+    pass s = {.job = job, .w_pieces = rbe_weight_pieces(job), .x_pieces = rbe_activation_pieces(job),
               .x = rbe_scratch_take(chunks * rbe_split_size(most, COLUMNS), sizeof(uint16_t))};
     if (!s.x) atomic_store(&job->failed, true);
     for (; s.x && s.t0 < job->x->rows; s.t0 += s.tokens) {

@@ -131,6 +131,11 @@ typedef struct rbe_job {
     atomic_bool failed;  // out of memory in a thread
 } rbe_job;
 
+// bfloat16 pieces where W itself is multiplied on the matrix unit. In the fast class W is rounded to bfloat16, as a dense bfloat16 layer's would be: a root
+// mean square error of 1.1e-3.
+static inline int rbe_weight_pieces(const rbe_job *job) { return job->fast ? 1 : RBE_WHOLE; }
+static inline int rbe_activation_pieces(const rbe_job *job) { return job->fast && job->x->dtype == RBE_F32 ? 1 : rbe_pieces(job->x->dtype, job->fast); }
+
 // One tile of `width` tokens from t0 on; threads NULL: all on this thread. False: out of memory.
 typedef bool (*rbe_tile_body)(const void *pass, int64_t t0, const rbe_parallel *threads);
 rbe_status rbe_run_token_tiles(rbe_job *job, int64_t width, rbe_tile_body tile, const void *pass, rbe_error *err);  // token_tiles.c
